@@ -1,0 +1,36 @@
+# Decides whether the CUDA engine is built, with which compiler and for which architectures.
+# Sets MOECORE_HAS_CUDA.
+
+set(MOECORE_HAS_CUDA OFF)
+if(MOECORE_CUDA STREQUAL "pip")
+  include(PipCuda)
+  set(MOECORE_HAS_CUDA ON)
+elseif(MOECORE_CUDA STREQUAL "AUTO")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(MOECORE_HAS_CUDA ON)
+  endif()
+elseif(MOECORE_CUDA)
+  set(MOECORE_HAS_CUDA ON)
+endif()
+
+if(MOECORE_HAS_CUDA)
+  if(CMAKE_VERSION VERSION_LESS 4.0.2 AND MOECORE_CUDA_ARCHITECTURES MATCHES "f")
+    message(FATAL_ERROR "Family architectures such as 100f need CMake >= 4.0.2 (pip install cmake); "
+                        "this is ${CMAKE_VERSION}. Or set -DMOECORE_CUDA_ARCHITECTURES=80;90a")
+  endif()
+  set(CMAKE_CUDA_ARCHITECTURES ${MOECORE_CUDA_ARCHITECTURES})
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  # 'native' is resolved by CMake; the generated list must name what was really compiled.
+  if(MOECORE_CUDA_ARCHITECTURES STREQUAL "native")
+    set(MOECORE_CUDA_ARCH_LIST ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+  else()
+    set(MOECORE_CUDA_ARCH_LIST ${MOECORE_CUDA_ARCHITECTURES})
+  endif()
+  list(TRANSFORM MOECORE_CUDA_ARCH_LIST REPLACE "-(real|virtual)$" "")
+  message(STATUS "moecore: CUDA ${CUDAToolkit_VERSION} for ${MOECORE_CUDA_ARCH_LIST}")
+else()
+  message(STATUS "moecore: without CUDA")
+endif()

@@ -1,0 +1,52 @@
+#pragma once
+// fused_experts: the whole expert layer, plan -> GEMM1 + activation -> GEMM2 -> finalize.
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "moecore/activate.h"
+#include "moecore/context.h"
+
+namespace moecore {
+
+/// The weights of one layer's experts, and how to read them. Non-owning.
+struct Experts {
+  TensorView w13;                        // [E, 2I, H] (activation.order kPlain: [E, I, H]), dense along H
+  TensorView w2;                         // [E, H, I], dense along I
+  std::optional<TensorView> w13_bias{};  // [E, 2I] f32 or the weights' dtype
+  std::optional<TensorView> w2_bias{};   // [E, H]
+  Activation activation{};               // its order says how gate and up rows stand in w13
+
+  std::int64_t num_experts() const { return w13.shape[0]; }
+  std::int64_t hidden() const { return w13.shape[2]; }
+  std::int64_t inter() const { return w2.shape[2]; }
+};
+
+struct FusedExpertsOptions {
+  /// i32 [G]: global id -> local expert or -1; without it global id g is local expert g - first_expert.
+  std::optional<TensorView> expert_map{};
+  std::int64_t first_expert = 0;
+  /// Multiply the first product by the router weight instead of weighting the sum.
+  bool apply_router_weight_on_input = false;
+  /// [T,H] of out's dtype, added in f32 by finalize: a residual or a shared expert's output.
+  std::optional<TensorView> residual{};
+};
+
+/// x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> out [T,H]. x, w13, w2 and out share one dtype of
+/// f32|bf16|f16. Bit for bit the composition plan, grouped_gemm (gather and activation fused), grouped_gemm,
+/// finalize. Routes whose id is not local are dropped. Needs fused_experts_workspace_bytes of workspace.
+void fused_experts(const TensorView& x, const TensorView& weights, const TensorView& ids,
+                   const Experts& experts, const TensorView& out, const FusedExpertsOptions& options = {},
+                   const ExecContext& ctx = {});
+
+/// A pure function of the shapes: enough for every routing of T tokens to K experts each.
+std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k,
+                                          std::int64_t num_experts, std::int64_t hidden, std::int64_t inter,
+                                          DType dtype, Device device);
+
+/// dst[e,n,k] = src[e,k,n]: brings transposed checkpoints ([E,H,2I], [E,I,H]) to the layout of `Experts`.
+/// Works on any slice of experts, so a caller can convert one expert at a time into its own buffer.
+void transpose_experts(const TensorView& src, const TensorView& dst, const ExecContext& ctx = {});
+
+}  // namespace moecore

@@ -1,0 +1,62 @@
+// The whole CUDA engine of a build without CUDA: every entry says so.
+
+#include "core/index.h"
+#include "moecore/error.h"
+#include "ops/activate.h"
+#include "ops/finalize.h"
+#include "ops/grouped_gemm.h"
+#include "ops/info.h"
+#include "ops/permute.h"
+#include "ops/plan.h"
+#include "ops/route.h"
+#include "ops/transpose_experts.h"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr char kWhy[] =
+    "this build of moecore has no CUDA engine (MOECORE_CUDA=OFF, or no nvcc when it was built)";
+
+[[noreturn]] void refuse(const char* op) {
+  throw BackendError(std::string(op) + ": " + kWhy + "; the CPU engine is available: pass CPU tensors");
+}
+
+}  // namespace
+
+void route(const RouteProblem&, const ExecContext&) {
+  refuse("route");
+}
+void plan(const PlanProblem&, const ExecContext&) {
+  refuse("plan");
+}
+void permute(const PermuteProblem&, const ExecContext&) {
+  refuse("permute");
+}
+void activate(const ActivateProblem&, const ExecContext&) {
+  refuse("activate");
+}
+void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
+  refuse("grouped_gemm");
+}
+void finalize(const FinalizeProblem&, const ExecContext&) {
+  refuse("finalize");
+}
+void transpose_experts(const TransposeProblem&, const ExecContext&) {
+  refuse("transpose_experts");
+}
+std::size_t plan_workspace_bytes(std::int64_t, std::int64_t) {
+  refuse("plan");
+}
+std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType) {
+  refuse("grouped_gemm");
+}
+Roof measure_roof(int) {
+  refuse("measure_roof");
+}
+
+int device_count(std::string* why) {
+  if (why) *why = kWhy;
+  return 0;
+}
+
+}  // namespace moecore::cuda

@@ -1,0 +1,46 @@
+#pragma once
+// The validated form of plan.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/index.h"
+#include "ops/backend.h"
+
+namespace moecore {
+
+/// Rows of an expert's scale block are padded to this many (the 128x4 scale layout).
+inline constexpr std::int64_t kScaleRowAlignment = 128;
+
+struct PlanProblem {
+  IndexRef ids;  // [T,K], rows ids_stride apart
+  std::int64_t ids_stride = 0;
+  std::int64_t num_tokens = 0;
+  std::int64_t top_k = 0;
+  std::int64_t num_experts = 0;
+  const std::int32_t* expert_map = nullptr;  // [num_global] or none
+  std::int64_t num_global = 0;
+  std::int64_t first_expert = 0;
+  std::int32_t* expert_offsets = nullptr;  // [E+1]
+  std::int32_t* scale_offsets = nullptr;   // [E+1]
+  std::int32_t* row_token = nullptr;       // [R]
+  std::int32_t* slot_row = nullptr;        // [T,K] dense
+  std::int32_t* row_route = nullptr;       // [R] or none
+  std::int32_t* problem_sizes1 = nullptr;  // [E,3] or none
+  std::int32_t* problem_sizes2 = nullptr;  // [E,3] or none
+  std::int64_t hidden = 0;
+  std::int64_t inter = 0;
+  bool gated = true;
+  bool swap_ab = false;
+};
+
+namespace cpu {
+BackendFn<PlanProblem> plan;
+std::size_t plan_workspace_bytes(std::int64_t num_routes, std::int64_t num_experts);
+}  // namespace cpu
+namespace cuda {
+BackendFn<PlanProblem> plan;
+std::size_t plan_workspace_bytes(std::int64_t num_routes, std::int64_t num_experts);
+}  // namespace cuda
+
+}  // namespace moecore
