@@ -7,7 +7,7 @@
 
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 enum class ActivationKind : std::uint8_t { kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu, kRelu2, kSwigluOai };
 

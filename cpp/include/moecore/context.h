@@ -7,7 +7,7 @@
 
 #include "moecore/tensor.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 struct ExecContext {
   /// Every tensor of the call must live here.

@@ -5,7 +5,7 @@
 #include <optional>
 #include <string_view>
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 enum class DType : std::uint8_t {
   // Types that ops compute with.

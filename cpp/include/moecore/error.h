@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 /// A shape, stride, device or value that the op does not take. Python: ValueError.
 struct InvalidArgument : std::invalid_argument {

@@ -5,7 +5,7 @@
 
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 struct FinalizeOptions {
   /// f32|f16|bf16 [T,K]; without it every weight is 1.

@@ -8,7 +8,7 @@
 #include "moecore/activate.h"
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 /// The weights of one layer's experts, and how to read them. Non-owning.
 struct Experts {

@@ -7,7 +7,7 @@
 #include "moecore/activate.h"
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 struct GroupedGemmOptions {
   /// f32 or x's dtype, [E,N].

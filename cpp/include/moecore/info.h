@@ -6,7 +6,7 @@
 
 #include "moecore/tensor.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 /// "0.1.0".
 std::string version();

@@ -3,7 +3,7 @@
 
 #include "moecore/plan.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 /// out[d,:] = x[map[d],:] if 0 <= map[d] < S, else zeros. x [S,C], map i32|i64 [D], out [D,C] of x's dtype
 /// (any, e2m1 with even C); rows of both may be strided, columns are dense. D = 0, S = 0 and C = 0 work.

@@ -7,7 +7,7 @@
 
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 /// The tensors of a plan. Route r = t*K + j; a *row* is a routed copy of a token, in expert order.
 struct Plan {

@@ -6,7 +6,7 @@
 
 #include "moecore/context.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 enum class Scoring : std::uint8_t { kSoftmax, kSigmoid };
 

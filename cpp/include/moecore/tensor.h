@@ -8,7 +8,7 @@
 
 #include "moecore/dtype.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 enum class DeviceType : std::uint8_t { kCPU, kCUDA };
 
