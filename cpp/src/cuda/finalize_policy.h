@@ -1,0 +1,48 @@
+#pragma once
+// How finalize is launched, as a function of the problem's sizes and the device's.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "moecore/dtype.h"
+#include "ops/finalize.h"
+
+namespace moecore::cuda {
+
+struct FinalizePolicy {
+  bool vectors = true;  // 16-byte accesses; false: element by element
+  int slots = 8;        // rows in flight per thread: 1, 2, 4 or 8
+  int threads = 128;    // of a block
+  int slices = 1;       // blocks that share one token
+};
+
+inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_sms) {
+  constexpr int kVectorBytes = 16;
+  const std::int64_t element = bit_width(p.dtype) / 8;
+  auto aligned = [&](const void* data, std::int64_t rows, std::int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0 &&
+           (rows <= 1 || stride * element % kVectorBytes == 0);
+  };
+  FinalizePolicy policy;
+  policy.vectors = aligned(p.rows, p.num_rows, p.rows_stride) && aligned(p.out, p.num_tokens, p.out_stride) &&
+                   aligned(p.residual, p.num_tokens, p.residual_stride) &&
+                   p.hidden * element % kVectorBytes == 0;
+  policy.slots = p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : p.top_k <= 4 ? 4 : 8;
+
+  // Few tokens: narrow blocks, so that one token's columns spread over many SMs. Many: 256 threads, which
+  // amortise a block's start.
+  const std::int64_t per_thread = policy.vectors ? kVectorBytes / element : 1;
+  const std::int64_t columns = std::max<std::int64_t>(1, p.hidden / per_thread);
+  policy.threads = 256;
+  while (policy.threads > 32 &&
+         p.num_tokens * ((columns + policy.threads - 1) / policy.threads) < 4 * num_sms)
+    policy.threads /= 2;
+  // Of the sizes around it, the one that wastes fewest lanes of the last block.
+  const std::int64_t blocks = (columns + policy.threads - 1) / policy.threads;
+  policy.threads = static_cast<int>(((columns + blocks - 1) / blocks + 31) / 32 * 32);
+  policy.slices =
+      static_cast<int>(std::min<std::int64_t>((columns + policy.threads - 1) / policy.threads, 65535));
+  return policy;
+}
+
+}  // namespace moecore::cuda

@@ -1,0 +1,151 @@
+#include "cuda/runtime.h"
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string_view>
+
+#include "build_config.h"
+#include "cuda/probe.h"
+#include "moecore/error.h"
+#include "ops/info.h"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+int attribute(const char* op, cudaDeviceAttr attr, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attr, index), op, "reading a device attribute");
+  return value;
+}
+
+std::unique_ptr<DeviceInfo> read_device(const char* op, int index) {
+  std::string why;
+  const int count = device_count(&why);
+  if (index < 0 || index >= count) {
+    std::string text(op);
+    text.append(": there is no device cuda:").append(std::to_string(index)).append(", ");
+    text.append(count == 0 ? why : "the machine has " + std::to_string(count));
+    throw BackendError(text);
+  }
+  auto device = std::make_unique<DeviceInfo>();
+  device->index = index;
+  device->compute_capability = 10 * attribute(op, cudaDevAttrComputeCapabilityMajor, index) +
+                               attribute(op, cudaDevAttrComputeCapabilityMinor, index);
+  device->num_sms = attribute(op, cudaDevAttrMultiProcessorCount, index);
+  device->max_threads_per_sm = attribute(op, cudaDevAttrMaxThreadsPerMultiProcessor, index);
+  device->l2_bytes = attribute(op, cudaDevAttrL2CacheSize, index);
+  device->smem_per_block = attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  device->smem_per_sm = attribute(op, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  const DeviceGuard guard(*device);
+  cudaFuncAttributes probe;
+  const cudaError_t status = cudaFuncGetAttributes(&probe, probe_kernel());
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    throw BackendError(std::string(op) + ": cuda:" + std::to_string(index) + " has compute capability " +
+                       std::to_string(device->compute_capability / 10) + "." +
+                       std::to_string(device->compute_capability % 10) +
+                       ", this build was compiled for " MOECORE_CUDA_ARCHS " (" + cudaGetErrorString(status) +
+                       ")");
+  }
+  return device;
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* op, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a launch error is kept as the thread's last error: the caller must not meet it again
+  throw BackendError(std::string(op) + ": " + what + ": " + cudaGetErrorName(status) + ", " +
+                     cudaGetErrorString(status));
+}
+
+const DeviceInfo& open_device(const char* op, const ExecContext& ctx) {
+  static std::array<std::once_flag, kMaxDevices> once;
+  static std::array<std::unique_ptr<DeviceInfo>, kMaxDevices> devices;
+  const int index = ctx.device.index;
+  if (index < 0 || index >= kMaxDevices) return *read_device(op, index);  // throws
+  std::call_once(once[index], [&] { devices[index] = read_device(op, index); });
+  return *devices[index];
+}
+
+DeviceGuard::DeviceGuard(const DeviceInfo& device) {
+  int current = 0;
+  check(cudaGetDevice(&current), "moecore", "reading the current device");
+  if (current == device.index) return;
+  check(cudaSetDevice(device.index), "moecore", "selecting a device");
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig& config, const void* kernel,
+                   void** args) {
+  constexpr std::size_t kDefaultSmemLimit = 48 * 1024;
+  if (config.smem_bytes > kDefaultSmemLimit)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(config.smem_bytes)),
+          op, "raising the shared memory limit");
+  cudaLaunchAttribute attributes[2];
+  unsigned num_attributes = 0;
+  if (config.dependent && device.compute_capability >= 90) {
+    attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[num_attributes++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster.x * config.cluster.y * config.cluster.z > 1) {
+    attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
+    attributes[num_attributes].val.clusterDim.x = config.cluster.x;
+    attributes[num_attributes].val.clusterDim.y = config.cluster.y;
+    attributes[num_attributes++].val.clusterDim.z = config.cluster.z;
+  }
+  cudaLaunchConfig_t raw{};
+  raw.gridDim = config.grid;
+  raw.blockDim = config.block;
+  raw.dynamicSmemBytes = config.smem_bytes;
+  raw.stream = config.stream;
+  raw.attrs = attributes;
+  raw.numAttrs = num_attributes;
+  check(cudaLaunchKernelExC(&raw, kernel, args), op, "launching the kernel");
+}
+
+int blocks_per_sm(const char* op, const void* kernel, int threads, std::size_t smem_bytes) {
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes), op,
+        "reading the occupancy");
+  return blocks;
+}
+
+int log_level() {
+  static const int level = [] {
+    const char* text = std::getenv("MOECORE_LOG");
+    const std::string_view value = text ? text : "";
+    return value == "debug" ? 2 : value == "info" ? 1 : 0;
+  }();
+  return level;
+}
+
+void log_choice(const char* op, const std::string& choice) {
+  static std::mutex mutex;
+  static std::set<std::string> seen;
+  const std::string line = std::string(op) + ": " + choice;
+  const std::lock_guard lock(mutex);
+  if (seen.insert(line).second || log_level() > 1) std::fprintf(stderr, "moecore: %s\n", line.c_str());
+}
+
+int device_count(std::string* why) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return count;
+  cudaGetLastError();
+  if (why) *why = status == cudaSuccess ? "the machine has no CUDA device" : cudaGetErrorString(status);
+  return 0;
+}
+
+}  // namespace moecore::cuda
