@@ -14,5 +14,6 @@
 #include "moecore/info.h"           // IWYU pragma: export
 #include "moecore/permute.h"        // IWYU pragma: export
 #include "moecore/plan.h"           // IWYU pragma: export
+#include "moecore/quantize.h"       // IWYU pragma: export
 #include "moecore/route.h"          // IWYU pragma: export
 #include "moecore/tensor.h"         // IWYU pragma: export

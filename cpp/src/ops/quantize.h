@@ -1,0 +1,134 @@
+#pragma once
+// The validated forms of quantize, dequantize, global_scale and convert_scales.
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "core/table.h"
+#include "moecore/quantize.h"
+#include "ops/backend.h"
+
+namespace moecore {
+
+using QuantizeTypes = FloatTypes;  // of x, and of dequantize's out
+
+/// Columns that share one 4-byte word of a swizzled or packed layout.
+inline constexpr std::int64_t kScaleWord = 4;
+
+/// Rows of a tile of a layout: what the rows of a block of scales are padded to.
+constexpr std::int64_t scale_row_multiple(ScaleLayout layout) {
+  return layout == ScaleLayout::kSwizzled128x4 ? 128 : layout == ScaleLayout::kSwizzled8x4 ? 8 : 1;
+}
+constexpr bool is_swizzled(ScaleLayout layout) {
+  return scale_row_multiple(layout) > 1;
+}
+
+/// The scales of one call.
+struct ScaleRef {
+  std::byte* data = nullptr;
+  ScaleLayout layout = ScaleLayout::kLinear;
+  int bytes = 1;          // of one scale
+  std::int64_t cols = 0;  // C, blocks of a padded row
+  std::int64_t pitch =
+      0;                  // bytes between rows (linear) or between columns or words of columns (column-major)
+  std::int64_t rows = 0;  // rows there is room for (column-major: P)
+
+  std::int64_t words() const { return (cols + kScaleWord - 1) / kScaleWord; }
+};
+
+/// Byte of scale (row, col) when its block of scales starts at scale row `base` (swizzled only; else row
+/// counts from the start).
+constexpr std::int64_t scale_byte(const ScaleRef& s, std::int64_t base, std::int64_t row, std::int64_t col) {
+  const std::int64_t words = (s.cols + kScaleWord - 1) / kScaleWord;
+  switch (s.layout) {
+    case ScaleLayout::kLinear:
+      return row * s.pitch + col * s.bytes;
+    case ScaleLayout::kColumnMajor:
+      return s.bytes == 4 ? col * s.pitch + row * 4 : col / 4 * s.pitch + row * 4 + col % 4;
+    case ScaleLayout::kSwizzled8x4:
+      return base * words * 4 + (row / 8 * words + col / 4) * 32 + row % 8 * 4 + col % 4;
+    case ScaleLayout::kSwizzled128x4:
+      break;
+  }
+  return base * words * 4 + (row / 128 * words + col / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 +
+         col % 4;
+}
+
+/// Which rows belong to which expert; all pointers null: one dense block of rows.
+struct ExpertRowsRef {
+  const std::int32_t* expert_offsets = nullptr;  // [E+1]
+  const std::int32_t* scale_offsets = nullptr;   // [E+1], swizzled layouts only
+  const std::int32_t* row_counts = nullptr;      // [E]
+  std::int64_t num_experts = 0;
+  std::int64_t group_rows = 0;  // with row_counts: R / E
+};
+
+struct QuantizeProblem {
+  QuantFormat format{};
+  const void* x = nullptr;  // [rows, cols], or what the activation reads
+  DType dtype = DType::kF32;
+  std::int64_t x_stride = 0;
+  std::int64_t rows = 0;  // of x
+  std::int64_t cols = 0;  // H: columns to quantise
+  std::optional<Activation> activation{};
+  std::uint8_t* data = nullptr;  // [out_rows, padded_cols]
+  std::int64_t data_pitch = 0;   // bytes
+  std::int64_t out_rows = 0;
+  std::int64_t padded_cols = 0;
+  ScaleRef scales{};
+  const float* global_scale = nullptr;  // [1] or [E]
+  bool global_scale_per_expert = false;
+  ExpertRowsRef experts{};
+  // permute_quantize only: row r holds x[row_token[r]], and slot_row is the same seen from the token.
+  const std::int32_t* row_token = nullptr;  // [out_rows]
+  const std::int32_t* slot_row = nullptr;   // [rows, top_k]
+  std::int64_t top_k = 0;
+};
+
+struct DequantizeProblem {
+  QuantFormat format{};
+  const std::uint8_t* data = nullptr;
+  std::int64_t data_pitch = 0;
+  ScaleRef scales{};
+  const float* global_scale = nullptr;
+  bool global_scale_per_expert = false;
+  ExpertRowsRef experts{};
+  void* out = nullptr;  // [rows, cols]
+  DType dtype = DType::kF32;
+  std::int64_t out_stride = 0;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+};
+
+struct GlobalScaleProblem {
+  const void* x = nullptr;
+  DType dtype = DType::kF32;
+  std::int64_t x_stride = 0;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  ExpertRowsRef experts{};
+  float* out = nullptr;  // [1] or [E]
+  bool per_expert = false;
+};
+
+struct ConvertScalesProblem {
+  ScaleRef src{};
+  ScaleRef dst{};
+  std::int64_t rows = 0;
+};
+
+namespace cpu {
+BackendFn<QuantizeProblem> quantize;
+BackendFn<DequantizeProblem> dequantize;
+BackendFn<GlobalScaleProblem> global_scale;
+BackendFn<ConvertScalesProblem> convert_scales;
+}  // namespace cpu
+namespace cuda {
+BackendFn<QuantizeProblem> quantize;
+BackendFn<DequantizeProblem> dequantize;
+BackendFn<GlobalScaleProblem> global_scale;
+BackendFn<ConvertScalesProblem> convert_scales;
+}  // namespace cuda
+
+}  // namespace moecore
