@@ -2,6 +2,7 @@
 // What this build and this machine offer: for error messages, show-config and the choice of a backend.
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moecore/tensor.h"
@@ -26,6 +27,10 @@ std::vector<std::string> cpu_isas();
 
 /// Threads the CPU engine uses by default.
 int cpu_threads();
+
+/// The instances of an op, for example {"f32", "f16", "bf16"} for "grouped_gemm"; "any" for pure data
+/// movement. Throws InvalidArgument for an op that does not exist.
+std::vector<std::string> supported(std::string_view op);
 
 /// Measured ceilings of a device, for benches and the demo. Takes about a second.
 struct Roof {

@@ -1,8 +1,34 @@
 #include "ops/info.h"
 
+#include <span>
+
 #include "build_config.h"
+#include "moecore/error.h"
+#include "ops/activate.h"
+#include "ops/finalize.h"
+#include "ops/grouped_gemm.h"
+#include "ops/route.h"
 
 namespace moecore {
+namespace {
+
+struct OpInstances {
+  std::string_view op;
+  std::span<const DType> dtypes;  // empty: moves any type
+};
+constexpr OpInstances kInstances[] = {
+    {"route", RouteTypes::kRows},
+    {"plan", IndexTypes::kRows},
+    {"permute", {}},
+    {"shuffle_rows", {}},
+    {"activate", ActivateTypes::kRows},
+    {"grouped_gemm", GroupedGemmTypes::kRows},
+    {"finalize", FinalizeTypes::kRows},
+    {"fused_experts", GroupedGemmTypes::kRows},
+    {"transpose_experts", {}},
+};
+
+}  // namespace
 
 std::string version() {
   return MOECORE_VERSION;
@@ -36,6 +62,17 @@ std::vector<std::string> cpu_isas() {
 
 int cpu_threads() {
   return cpu::default_threads();
+}
+
+std::vector<std::string> supported(std::string_view op) {
+  for (const OpInstances& row : kInstances) {
+    if (row.op != op) continue;
+    std::vector<std::string> names;
+    for (DType dtype : row.dtypes) names.emplace_back(name(dtype));
+    if (names.empty()) names.emplace_back("any");
+    return names;
+  }
+  throw InvalidArgument("supported: op is \"" + std::string(op) + "\", expected the name of an op");
 }
 
 Roof measure_roof(Device device) {

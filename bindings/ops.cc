@@ -1,0 +1,320 @@
+// One m.def per op. Outputs are arguments; nothing here validates, allocates results or picks a kernel.
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include <charconv>
+#include <cstdint>
+#include <initializer_list>
+#include <string_view>
+#include <utility>
+
+#include "moecore/moecore.h"
+#include "op_call.h"
+
+namespace moecore::python {
+
+Device parse_device(std::string_view text) {
+  if (text == "cpu") return {};
+  if (text == "cuda") return {DeviceType::kCUDA, 0};
+  if (text.substr(0, 5) == "cuda:") {
+    int index = -1;
+    const char* end = text.data() + text.size();
+    if (std::from_chars(text.data() + 5, end, index).ptr == end && index >= 0)
+      return {DeviceType::kCUDA, index};
+  }
+  throw InvalidArgument("device is \"" + std::string(text) +
+                        "\", expected \"cpu\", \"cuda\" or \"cuda:<index>\"");
+}
+
+namespace {
+
+using namespace nb::literals;
+using OptionalTensor = std::optional<TensorArg>;
+using OptionalFloat = std::optional<float>;
+
+template <class T>
+using Choices = std::initializer_list<std::pair<std::string_view, T>>;
+
+// The value that `text` names, or ValueError with every choice.
+template <class T>
+T parse(const char* op, const char* argument, std::string_view text, Choices<T> choices) {
+  std::string names;
+  for (const auto& [name, value] : choices) {
+    if (name == text) return value;
+    names.append(names.empty() ? "\"" : ", \"").append(name).append("\"");
+  }
+  throw InvalidArgument(std::string(op) + ": " + argument + " is \"" + std::string(text) +
+                        "\", expected one of " + names);
+}
+
+// Parameters left out take the values of the kind: gpt-oss's for swiglu_oai, neutral ones for the others.
+Activation parse_activation(const char* op, std::string_view kind, std::string_view order,
+                            OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit) {
+  const auto parsed_kind = parse<ActivationKind>(op, "activation", kind,
+                                                 {{"silu", ActivationKind::kSilu},
+                                                  {"gelu", ActivationKind::kGelu},
+                                                  {"gelu_tanh", ActivationKind::kGeluTanh},
+                                                  {"quick_gelu", ActivationKind::kQuickGelu},
+                                                  {"relu", ActivationKind::kRelu},
+                                                  {"relu2", ActivationKind::kRelu2},
+                                                  {"swiglu_oai", ActivationKind::kSwigluOai}});
+  Activation activation;
+  if (parsed_kind == ActivationKind::kSwigluOai) activation = Activation::gpt_oss();
+  activation.kind = parsed_kind;
+  activation.order = parse<GateOrder>(op, "order", order,
+                                      {{"gate_up", GateOrder::kGateUp},
+                                       {"up_gate", GateOrder::kUpGate},
+                                       {"interleaved", GateOrder::kInterleaved},
+                                       {"plain", GateOrder::kPlain}});
+  if (alpha) activation.alpha = *alpha;
+  if (beta) activation.beta = *beta;
+  if (limit) activation.limit = *limit;
+  return activation;
+}
+
+DType parse_dtype_name(std::string_view text) {
+  if (const auto dtype = parse_dtype(text)) return *dtype;
+  throw InvalidArgument("dtype is \"" + std::string(text) + "\", expected a moecore dtype such as \"bf16\"");
+}
+
+void bind_route(nb::module_& m) {
+  m.def(
+      "route",
+      [](const TensorArg& logits, const TensorArg& weights, const TensorArg& ids, std::string_view scoring,
+         const OptionalTensor& bias, std::int64_t num_groups, std::int64_t topk_groups,
+         std::string_view group_score, bool renormalize, float scale, const OptionalTensor& is_padding,
+         StreamArg stream) {
+        OpCall call("route", logits, stream);
+        const TensorView& logits_view = call.in("logits", logits);
+        const TensorView& weights_view = call.in("weights", weights);
+        const TensorView& ids_view = call.in("ids", ids);
+        const RouteOptions options{
+            .scoring = parse<Scoring>("route", "scoring", scoring,
+                                      {{"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}}),
+            .bias = call.in("bias", bias),
+            .num_groups = num_groups,
+            .topk_groups = topk_groups,
+            .group_score = parse<GroupScore>("route", "group_score", group_score,
+                                             {{"top2_sum", GroupScore::kTop2Sum}, {"max", GroupScore::kMax}}),
+            .renormalize = renormalize,
+            .scale = scale,
+            .is_padding = call.in("is_padding", is_padding)};
+        call.run([&](const ExecContext& ctx) { route(logits_view, weights_view, ids_view, options, ctx); });
+      },
+      "logits"_a, "weights"_a, "ids"_a, nb::kw_only(), "scoring"_a = "softmax", "bias"_a = nb::none(),
+      "num_groups"_a = 1, "topk_groups"_a = 1, "group_score"_a = "top2_sum", "renormalize"_a = false,
+      "scale"_a = 1.0f, "is_padding"_a = nb::none(), "stream"_a = nb::none());
+}
+
+void bind_plan(nb::module_& m) {
+  m.def(
+      "plan",
+      [](const TensorArg& ids, const TensorArg& expert_offsets, const TensorArg& scale_offsets,
+         const TensorArg& row_token, const TensorArg& slot_row, const OptionalTensor& row_route,
+         const OptionalTensor& problem_sizes1, const OptionalTensor& problem_sizes2, std::int64_t num_experts,
+         const OptionalTensor& expert_map, std::int64_t first_expert, std::int64_t hidden, std::int64_t inter,
+         bool gated, bool swap_ab, const OptionalTensor& workspace, StreamArg stream) {
+        OpCall call("plan", ids, stream);
+        const TensorView& ids_view = call.in("ids", ids);
+        const Plan out{.expert_offsets = call.in("expert_offsets", expert_offsets),
+                       .scale_offsets = call.in("scale_offsets", scale_offsets),
+                       .row_token = call.in("row_token", row_token),
+                       .slot_row = call.in("slot_row", slot_row),
+                       .row_route = call.in("row_route", row_route),
+                       .problem_sizes1 = call.in("problem_sizes1", problem_sizes1),
+                       .problem_sizes2 = call.in("problem_sizes2", problem_sizes2)};
+        const PlanOptions options{.num_experts = num_experts,
+                                  .expert_map = call.in("expert_map", expert_map),
+                                  .first_expert = first_expert,
+                                  .hidden = hidden,
+                                  .inter = inter,
+                                  .gated = gated,
+                                  .swap_ab = swap_ab};
+        // What cannot be sized is about to be refused by the op.
+        const bool sized = ids_view.ndim == 2 && num_experts > 0;
+        call.workspace(workspace, sized ? plan_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
+                                                               num_experts, call.context().device)
+                                        : 0);
+        call.run([&](const ExecContext& ctx) { plan(ids_view, out, options, ctx); });
+      },
+      "ids"_a, "expert_offsets"_a, "scale_offsets"_a, "row_token"_a, "slot_row"_a, "row_route"_a = nb::none(),
+      "problem_sizes1"_a = nb::none(), "problem_sizes2"_a = nb::none(), nb::kw_only(), "num_experts"_a,
+      "expert_map"_a = nb::none(), "first_expert"_a = 0, "hidden"_a = 0, "inter"_a = 0, "gated"_a = true,
+      "swap_ab"_a = false, "workspace"_a = nb::none(), "stream"_a = nb::none());
+  m.def(
+      "plan_workspace_bytes",
+      [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts, std::string_view device) {
+        return plan_workspace_bytes(num_tokens, top_k, num_experts, parse_device(device));
+      },
+      "num_tokens"_a, "top_k"_a, "num_experts"_a, "device"_a = "cpu");
+}
+
+void bind_permute(nb::module_& m) {
+  m.def(
+      "shuffle_rows",
+      [](const TensorArg& x, const TensorArg& map, const TensorArg& out, StreamArg stream) {
+        OpCall call("shuffle_rows", x, stream);
+        const TensorView &x_view = call.in("x", x), &map_view = call.in("map", map),
+                         &out_view = call.in("out", out);
+        call.run([&](const ExecContext& ctx) { shuffle_rows(x_view, map_view, out_view, ctx); });
+      },
+      "x"_a, "map"_a, "out"_a, nb::kw_only(), "stream"_a = nb::none());
+  m.def(
+      "permute",
+      [](const TensorArg& x, const TensorArg& row_token, const TensorArg& slot_row,
+         const TensorArg& expert_offsets, const TensorArg& rows, StreamArg stream) {
+        OpCall call("permute", x, stream);
+        const TensorView &x_view = call.in("x", x), &rows_view = call.in("rows", rows);
+        Plan plan;
+        plan.expert_offsets = call.in("expert_offsets", expert_offsets);
+        plan.row_token = call.in("row_token", row_token);
+        plan.slot_row = call.in("slot_row", slot_row);
+        call.run([&](const ExecContext& ctx) { permute(x_view, plan, rows_view, ctx); });
+      },
+      "x"_a, "row_token"_a, "slot_row"_a, "expert_offsets"_a, "rows"_a, nb::kw_only(),
+      "stream"_a = nb::none());
+}
+
+void bind_activate(nb::module_& m) {
+  m.def(
+      "activate",
+      [](const TensorArg& x, const TensorArg& out, std::string_view activation, std::string_view order,
+         OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit, const OptionalTensor& expert_offsets,
+         StreamArg stream) {
+        OpCall call("activate", x, stream);
+        const TensorView &x_view = call.in("x", x), &out_view = call.in("out", out);
+        const Activation parsed = parse_activation("activate", activation, order, alpha, beta, limit);
+        const auto offsets = call.in("expert_offsets", expert_offsets);
+        call.run([&](const ExecContext& ctx) { activate(x_view, out_view, parsed, offsets, ctx); });
+      },
+      "x"_a, "out"_a, nb::kw_only(), "activation"_a, "order"_a, "alpha"_a = nb::none(), "beta"_a = nb::none(),
+      "limit"_a = nb::none(), "expert_offsets"_a = nb::none(), "stream"_a = nb::none());
+}
+
+void bind_grouped_gemm(nb::module_& m) {
+  m.def(
+      "grouped_gemm",
+      [](const TensorArg& x, const TensorArg& weights, const TensorArg& expert_offsets, const TensorArg& out,
+         const OptionalTensor& bias, const OptionalTensor& row_token,
+         std::optional<std::string_view> activation, std::string_view order, OptionalFloat alpha,
+         OptionalFloat beta, OptionalFloat limit, const OptionalTensor& row_weights,
+         const OptionalTensor& workspace, StreamArg stream) {
+        OpCall call("grouped_gemm", x, stream);
+        const TensorView &x_view = call.in("x", x), &weights_view = call.in("weights", weights),
+                         &offsets_view = call.in("expert_offsets", expert_offsets),
+                         &out_view = call.in("out", out);
+        GroupedGemmOptions options{.bias = call.in("bias", bias),
+                                   .row_token = call.in("row_token", row_token),
+                                   .row_weights = call.in("row_weights", row_weights)};
+        if (activation)
+          options.activation = parse_activation("grouped_gemm", *activation, order, alpha, beta, limit);
+        const bool sized = weights_view.ndim == 3 && out_view.ndim == 2;
+        call.workspace(workspace, sized ? grouped_gemm_workspace_bytes(
+                                              out_view.shape[0], weights_view.shape[1], weights_view.shape[2],
+                                              weights_view.shape[0], x_view.dtype, call.context().device)
+                                        : 0);
+        call.run([&](const ExecContext& ctx) {
+          grouped_gemm(x_view, weights_view, offsets_view, out_view, options, ctx);
+        });
+      },
+      "x"_a, "weights"_a, "expert_offsets"_a, "out"_a, nb::kw_only(), "bias"_a = nb::none(),
+      "row_token"_a = nb::none(), "activation"_a = nb::none(), "order"_a = "gate_up", "alpha"_a = nb::none(),
+      "beta"_a = nb::none(), "limit"_a = nb::none(), "row_weights"_a = nb::none(), "workspace"_a = nb::none(),
+      "stream"_a = nb::none());
+  m.def(
+      "grouped_gemm_workspace_bytes",
+      [](std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t num_experts, std::string_view dtype,
+         std::string_view device) {
+        return grouped_gemm_workspace_bytes(rows, n, k, num_experts, parse_dtype_name(dtype),
+                                            parse_device(device));
+      },
+      "rows"_a, "n"_a, "k"_a, "num_experts"_a, "dtype"_a, "device"_a = "cpu");
+}
+
+void bind_finalize(nb::module_& m) {
+  m.def(
+      "finalize",
+      [](const TensorArg& rows, const TensorArg& slot_row, const TensorArg& out,
+         const OptionalTensor& weights, bool cast_weights, const OptionalTensor& residual, StreamArg stream) {
+        OpCall call("finalize", rows, stream);
+        const TensorView &rows_view = call.in("rows", rows), &slot_view = call.in("slot_row", slot_row),
+                         &out_view = call.in("out", out);
+        const FinalizeOptions options{.weights = call.in("weights", weights),
+                                      .cast_weights = cast_weights,
+                                      .residual = call.in("residual", residual)};
+        call.run([&](const ExecContext& ctx) { finalize(rows_view, slot_view, out_view, options, ctx); });
+      },
+      "rows"_a, "slot_row"_a, "out"_a, nb::kw_only(), "weights"_a = nb::none(), "cast_weights"_a = false,
+      "residual"_a = nb::none(), "stream"_a = nb::none());
+}
+
+void bind_fused_experts(nb::module_& m) {
+  m.def(
+      "fused_experts",
+      [](const TensorArg& x, const TensorArg& weights, const TensorArg& ids, const TensorArg& w13,
+         const TensorArg& w2, const TensorArg& out, std::string_view activation, std::string_view order,
+         OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit, const OptionalTensor& w13_bias,
+         const OptionalTensor& w2_bias, const OptionalTensor& expert_map, std::int64_t first_expert,
+         bool apply_router_weight_on_input, const OptionalTensor& residual, const OptionalTensor& workspace,
+         StreamArg stream) {
+        OpCall call("fused_experts", x, stream);
+        const TensorView &x_view = call.in("x", x), &weights_view = call.in("weights", weights),
+                         &ids_view = call.in("ids", ids), &out_view = call.in("out", out);
+        const Experts experts{
+            .w13 = call.in("w13", w13),
+            .w2 = call.in("w2", w2),
+            .w13_bias = call.in("w13_bias", w13_bias),
+            .w2_bias = call.in("w2_bias", w2_bias),
+            .activation = parse_activation("fused_experts", activation, order, alpha, beta, limit)};
+        const FusedExpertsOptions options{.expert_map = call.in("expert_map", expert_map),
+                                          .first_expert = first_expert,
+                                          .apply_router_weight_on_input = apply_router_weight_on_input,
+                                          .residual = call.in("residual", residual)};
+        const bool sized = ids_view.ndim == 2 && experts.w13.ndim == 3 && experts.w2.ndim == 3;
+        call.workspace(workspace, sized ? fused_experts_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
+                                                                        experts.num_experts(),
+                                                                        experts.hidden(), experts.inter(),
+                                                                        x_view.dtype, call.context().device)
+                                        : 0);
+        call.run([&](const ExecContext& ctx) {
+          fused_experts(x_view, weights_view, ids_view, experts, out_view, options, ctx);
+        });
+      },
+      "x"_a, "weights"_a, "ids"_a, "w13"_a, "w2"_a, "out"_a, nb::kw_only(), "activation"_a, "order"_a,
+      "alpha"_a = nb::none(), "beta"_a = nb::none(), "limit"_a = nb::none(), "w13_bias"_a = nb::none(),
+      "w2_bias"_a = nb::none(), "expert_map"_a = nb::none(), "first_expert"_a = 0,
+      "apply_router_weight_on_input"_a = false, "residual"_a = nb::none(), "workspace"_a = nb::none(),
+      "stream"_a = nb::none());
+  m.def(
+      "fused_experts_workspace_bytes",
+      [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts, std::int64_t hidden,
+         std::int64_t inter, std::string_view dtype, std::string_view device) {
+        return fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter,
+                                             parse_dtype_name(dtype), parse_device(device));
+      },
+      "num_tokens"_a, "top_k"_a, "num_experts"_a, "hidden"_a, "inter"_a, "dtype"_a, "device"_a = "cpu");
+  m.def(
+      "transpose_experts",
+      [](const TensorArg& src, const TensorArg& dst, StreamArg stream) {
+        OpCall call("transpose_experts", src, stream);
+        const TensorView &src_view = call.in("src", src), &dst_view = call.in("dst", dst);
+        call.run([&](const ExecContext& ctx) { transpose_experts(src_view, dst_view, ctx); });
+      },
+      "src"_a, "dst"_a, nb::kw_only(), "stream"_a = nb::none());
+}
+
+}  // namespace
+
+void bind_ops(nb::module_& m) {
+  bind_route(m);
+  bind_plan(m);
+  bind_permute(m);
+  bind_activate(m);
+  bind_grouped_gemm(m);
+  bind_finalize(m);
+  bind_fused_experts(m);
+}
+
+}  // namespace moecore::python

@@ -1,0 +1,552 @@
+"""The ops as Python functions: they allocate outputs with the framework of the first argument and call moecore._core.
+
+Letters: T tokens, K experts per token (top_k), E experts, H hidden, I inter, R = T*K rows. Every function takes
+tensors of any DLPack framework; `out=` writes into the caller's tensors instead of allocating; `stream=` is None (the
+framework's current stream), an int pointer, or an object with `__cuda_stream__`, and means nothing on CPU.
+
+Errors: TypeError for an element type or a non-tensor, ValueError for a shape, device or value, NotImplementedError
+for valid input without a kernel in this build, BackendError for a missing device. Outputs are untouched in each case.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Generic, NamedTuple
+
+from moecore import _core
+from moecore._frameworks import Framework, framework_of
+from moecore.typing import DLPackTensor, StreamLike, TensorT
+
+# An allocation of this many bytes more than an op asks for can be aligned to what ops expect.
+_ALIGNMENT_SLACK = 255
+
+
+def _compiled() -> Any:
+    """moecore.torch_ops while torch.compile traces the call, else None."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.compiler.is_compiling():
+        return None
+    from moecore import torch_ops
+
+    return torch_ops
+
+
+def _dim(x: Any, axis: int) -> int:
+    """x.shape[axis], or 0 where there is none: the op then refuses `x` itself."""
+    shape = x.shape
+    return int(shape[axis]) if -len(shape) <= axis < len(shape) else 0
+
+
+def route(
+    logits: TensorT,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    bias: DLPackTensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "top2_sum",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    is_padding: DLPackTensor | None = None,
+    out: tuple[TensorT, TensorT] | None = None,
+    stream: StreamLike = None,
+) -> tuple[TensorT, TensorT]:
+    """The `top_k` experts of every token, and their weights.
+
+    logits [T,E] f32|f16|bf16 -> (weights f32 [T,K], ids i32 [T,K]), 1 <= K <= E <= 2048. f32 inside.
+
+    `scoring` is "softmax" or "sigmoid". `bias` f32 [E] is added to the score for selection only. Of `num_groups` equal
+    groups of experts only the `topk_groups` best compete, ranked by "top2_sum" or "max". Ties go to the lower expert;
+    an expert whose logit or bias is not finite is never selected; a slot without an expert has id -1 and weight 0.
+    `renormalize` divides a token's weights by their sum, then `scale` multiplies them. `is_padding` (bool|u8 [T])
+    marks tokens whose ids are all -1. Semantics: vLLM topk_softmax / grouped_topk in f32, DeepSeek-V3 noaux_tc.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.route(  # type: ignore[no-any-return]
+            logits, top_k, scoring, bias, num_groups, topk_groups, group_score, renormalize, scale, is_padding, out
+        )
+    fw = framework_of("route", "logits", logits)
+    fw.admit("route", logits, bias)
+    if out is None:
+        shape = (_dim(logits, 0), top_k) if top_k >= 0 else (0, 0)
+        weights, ids = fw.empty(logits, shape, "f32"), fw.empty(logits, shape, "i32")
+    else:
+        weights, ids = out
+    _core.route(
+        logits,
+        weights,
+        ids,
+        scoring=scoring,
+        bias=bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        renormalize=renormalize,
+        scale=scale,
+        is_padding=is_padding,
+        stream=stream,
+    )
+    return fw.finish(weights), fw.finish(ids)
+
+
+class Plan(NamedTuple):
+    """The row order that groups routes by expert, and every index the other ops need. All i32."""
+
+    expert_offsets: Any
+    """[E+1]: expert e owns rows expert_offsets[e] .. expert_offsets[e+1]-1."""
+    scale_offsets: Any
+    """[E+1]: the same with every expert's count rounded up to 128."""
+    row_token: Any
+    """[R]: token of a row; -1 for rows that no route owns."""
+    slot_row: Any
+    """[T,K]: row of a slot; -1 for a dropped route."""
+    row_route: Any
+    """[R]: route t*K + j of a row; -1 for rows that no route owns."""
+    problem_sizes1: Any = None
+    """[E,3]: (count, 2*inter, hidden) of the first product; None unless asked for."""
+    problem_sizes2: Any = None
+    """[E,3]: (count, hidden, inter) of the second product; None unless asked for."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.expert_offsets.shape[0]) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """R = T*K; rows from expert_offsets[E] on belong to dropped routes."""
+        return int(self.row_token.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.slot_row.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.slot_row.shape[1])
+
+
+def plan(
+    ids: DLPackTensor,
+    num_experts: int,
+    *,
+    expert_map: DLPackTensor | None = None,
+    first_expert: int = 0,
+    problem_sizes: tuple[int, int] | None = None,
+    gated: bool = True,
+    swap_ab: bool = False,
+    out: Plan | None = None,
+    workspace: DLPackTensor | None = None,
+    stream: StreamLike = None,
+) -> Plan:
+    """Groups the routes of `ids` (i32|i64 [T,K]) by expert. Stable: inside an expert rows ascend by route.
+
+    `num_experts` counts local experts. A global id g is local expert `expert_map[g]` (i32 [G], -1 = not here), or
+    without a map g - `first_expert`; routes outside [0, num_experts) are dropped (slot_row = -1). `problem_sizes` =
+    (hidden, inter) also fills the two [E,3] tables, for a gated activation unless `gated` is False, and with the first
+    two columns exchanged with `swap_ab`.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.plan(ids, num_experts, expert_map, first_expert, problem_sizes, gated, swap_ab, out)  # type: ignore[no-any-return]
+    fw = framework_of("plan", "ids", ids)
+    fw.admit("plan", ids, expert_map)
+    num_tokens, top_k, experts = _dim(ids, 0), _dim(ids, 1), max(int(num_experts), 0)
+    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
+    if out is None:
+        rows = num_tokens * top_k
+        out = Plan(
+            fw.empty(ids, (experts + 1,), "i32"),
+            fw.empty(ids, (experts + 1,), "i32"),
+            fw.empty(ids, (rows,), "i32"),
+            fw.empty(ids, (num_tokens, top_k), "i32"),
+            fw.empty(ids, (rows,), "i32"),
+            fw.empty(ids, (experts, 3), "i32") if problem_sizes is not None else None,
+            fw.empty(ids, (experts, 3), "i32") if problem_sizes is not None else None,
+        )
+    if workspace is None and not fw.on_host(ids):
+        size = plan_workspace_bytes(num_tokens, top_k, experts, fw.device(ids))
+        workspace = fw.empty(ids, (size,), "u8")
+    _core.plan(
+        ids,
+        *out,
+        num_experts=num_experts,
+        expert_map=expert_map,
+        first_expert=first_expert,
+        hidden=hidden,
+        inter=inter,
+        gated=gated,
+        swap_ab=swap_ab,
+        workspace=workspace,
+        stream=stream,
+    )
+    return Plan(*(None if tensor is None else fw.finish(tensor) for tensor in out))
+
+
+def permute(x: TensorT, plan: Plan, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
+    """rows[r] = x[plan.row_token[r]], zeros for rows that no route owns. x [T,H] of any dtype -> [R,H]."""
+    if (compiled := _compiled()) is not None:
+        return compiled.permute(x, plan.row_token, plan.slot_row, plan.expert_offsets, out)  # type: ignore[no-any-return]
+    fw = framework_of("permute", "x", x)
+    fw.admit("permute", x)
+    rows = fw.empty(x, (plan.num_rows, _dim(x, 1))) if out is None else out
+    _core.permute(x, plan.row_token, plan.slot_row, plan.expert_offsets, rows, stream=stream)
+    return fw.finish(rows)  # type: ignore[no-any-return]
+
+
+def shuffle_rows(x: TensorT, map: DLPackTensor, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
+    """out[d] = x[map[d]], zeros where map[d] is outside [0, S). x [S,C] of any dtype, map i32|i64 [D] -> [D,C].
+
+    Semantics: vLLM / SGLang shuffle_rows, for any width and alignment.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.shuffle_rows(x, map, out)  # type: ignore[no-any-return]
+    fw = framework_of("shuffle_rows", "x", x)
+    framework_of("shuffle_rows", "map", map)
+    fw.admit("shuffle_rows", x, map)
+    rows = fw.empty(x, (_dim(map, 0), _dim(x, 1))) if out is None else out
+    _core.shuffle_rows(x, map, rows, stream=stream)
+    return fw.finish(rows)  # type: ignore[no-any-return]
+
+
+def activate(
+    x: TensorT,
+    kind: str = "silu",
+    *,
+    order: str = "gate_up",
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
+    expert_offsets: DLPackTensor | None = None,
+    out: TensorT | None = None,
+    stream: StreamLike = None,
+) -> TensorT:
+    """f(gate) * (up + beta). x [R,2I] f32|f16|bf16 -> [R,I]; order "plain": f(x), [R,I] -> [R,I].
+
+    `kind`: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, swiglu_oai. `order`: "gate_up" and "up_gate" (halves),
+    "interleaved" (gate at even columns), "plain". `limit` clamps gate from above and up from both sides. Left out, alpha,
+    beta and limit are 1.702, 1 and 7 for swiglu_oai (gpt-oss), else 1, 0 and infinity. With `expert_offsets` (i32
+    [E+1]) rows from expert_offsets[E] on are left as they are. NaN propagates.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.activate(x, kind, order, alpha, beta, limit, expert_offsets, out)  # type: ignore[no-any-return]
+    fw = framework_of("activate", "x", x)
+    fw.admit("activate", x)
+    if out is None:
+        width = _dim(x, 1)
+        out = fw.empty(x, (_dim(x, 0), width if order == "plain" else width // 2))
+    _core.activate(
+        x,
+        out,
+        activation=kind,
+        order=order,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        expert_offsets=expert_offsets,
+        stream=stream,
+    )
+    return fw.finish(out)  # type: ignore[no-any-return]
+
+
+def grouped_gemm(
+    x: TensorT,
+    weights: DLPackTensor,
+    expert_offsets: DLPackTensor,
+    *,
+    bias: DLPackTensor | None = None,
+    row_token: DLPackTensor | None = None,
+    activation: str | None = None,
+    order: str = "gate_up",
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
+    row_weights: DLPackTensor | None = None,
+    out: TensorT | None = None,
+    workspace: DLPackTensor | None = None,
+    stream: StreamLike = None,
+) -> TensorT:
+    """out[r] = x[r] @ weights[e].T for the rows r of expert e, accumulated in f32 and rounded once.
+
+    x [R,K], weights [E,N,K], expert_offsets i32 [E+1] -> [R,N]; one dtype of f32|bf16|f16. In this order: `row_weights`
+    [R] multiply a row's product, `bias` [E,N] is added, `activation` (with `order`, `alpha`, `beta`, `limit` as in
+    activate()) is applied to the f32 result and halves the columns. With `row_token` i32 [R], row r reads
+    x[row_token[r]] of x [T,K]. Rows from expert_offsets[E] on are left as they are: uninitialised without `out`.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.grouped_gemm(  # type: ignore[no-any-return]
+            x, weights, expert_offsets, bias, row_token, activation, order, alpha, beta, limit, row_weights, out
+        )
+    fw = framework_of("grouped_gemm", "x", x)
+    framework_of("grouped_gemm", "weights", weights)
+    fw.admit("grouped_gemm", x, weights, bias, row_weights)
+    num_rows, n = _dim(x if row_token is None else row_token, 0), _dim(weights, 1)
+    if out is None:
+        out = fw.empty(x, (num_rows, n if activation is None or order == "plain" else n // 2))
+    if workspace is None and not fw.on_host(x):
+        size = grouped_gemm_workspace_bytes(
+            num_rows, n, _dim(weights, 2), _dim(weights, 0), fw.dtype_name(x), fw.device(x)
+        )
+        workspace = fw.empty(x, (size,), "u8")
+    _core.grouped_gemm(
+        x,
+        weights,
+        expert_offsets,
+        out,
+        bias=bias,
+        row_token=row_token,
+        activation=activation,
+        order=order,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        row_weights=row_weights,
+        workspace=workspace,
+        stream=stream,
+    )
+    return fw.finish(out)  # type: ignore[no-any-return]
+
+
+def finalize(
+    rows: TensorT,
+    slot_row: Plan | DLPackTensor,
+    weights: DLPackTensor | None = None,
+    *,
+    hidden: int | None = None,
+    cast_weights: bool = False,
+    residual: DLPackTensor | None = None,
+    out: TensorT | None = None,
+    stream: StreamLike = None,
+) -> TensorT:
+    """out[t] = sum_j weights[t,j] * rows[slot_row[t,j]] (+ residual[t]): a token's expert outputs, weighted.
+
+    rows [R,Hp] f32|f16|bf16, slot_row i32|i64 [T,K] or a Plan, weights f32|f16|bf16 [T,K] (none: all 1) -> [T,H].
+    H = `hidden` <= Hp, by default Hp. An f32 fma chain from +0 in slot order, one rounding: the same bits on every run
+    and engine. Slots with a row outside [0, R) are skipped. `cast_weights` rounds each weight to the dtype of `out`
+    first (vLLM and SGLang: `topk_weights.to(dtype)`).
+    """
+    if isinstance(slot_row, Plan):
+        slot_row = slot_row.slot_row
+    if (compiled := _compiled()) is not None:
+        return compiled.finalize(rows, slot_row, weights, hidden, cast_weights, residual, out)  # type: ignore[no-any-return]
+    fw = framework_of("finalize", "rows", rows)
+    framework_of("finalize", "slot_row", slot_row)
+    fw.admit("finalize", rows, weights, residual)
+    if out is None:
+        out = fw.empty(rows, (_dim(slot_row, 0), _dim(rows, 1) if hidden is None else hidden))
+    _core.finalize(rows, slot_row, out, weights=weights, cast_weights=cast_weights, residual=residual, stream=stream)
+    return fw.finish(out)  # type: ignore[no-any-return]
+
+
+class Experts(Generic[TensorT]):
+    """The weights of one layer's experts, and how to read them.
+
+    w13 [E,2I,H] (order "plain": [E,I,H]), w2 [E,H,I], optional biases [E,2I] and [E,H] in f32 or the weights' dtype.
+    `order` says how the gate and up rows stand in w13 and is never guessed: "gate_up", "up_gate", "interleaved", or
+    "plain" for an activation without a gate. `transposed=True` takes w13 [E,H,2I] and w2 [E,I,H] and packs them into new
+    tensors; transpose_experts() does the same expert by expert into memory of the caller. `activation`, `alpha`,
+    `beta` and `limit` are those of activate().
+    """
+
+    def __init__(
+        self,
+        w13: TensorT,
+        w2: TensorT,
+        *,
+        order: str,
+        transposed: bool = False,
+        activation: str = "silu",
+        alpha: float | None = None,
+        beta: float | None = None,
+        limit: float | None = None,
+        w13_bias: TensorT | None = None,
+        w2_bias: TensorT | None = None,
+    ) -> None:
+        self.w13 = transpose_experts(w13) if transposed else w13
+        self.w2 = transpose_experts(w2) if transposed else w2
+        self.order = order
+        self.activation = activation
+        self.alpha = alpha
+        self.beta = beta
+        self.limit = limit
+        self.w13_bias = w13_bias
+        self.w2_bias = w2_bias
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return _dim(self.w13, 0)
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return _dim(self.w13, 2)
+
+    @property
+    def inter(self) -> int:
+        """I."""
+        return _dim(self.w2, 2)
+
+    def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
+        """Bytes of workspace that fused_experts() needs for any routing of `num_tokens` tokens to `top_k` experts."""
+        fw = framework_of("Experts", "w13", self.w13)
+        return fused_experts_workspace_bytes(
+            num_tokens,
+            top_k,
+            self.num_experts,
+            self.hidden,
+            self.inter,
+            fw.dtype_name(self.w13),
+            fw.device(self.w13),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"moecore.Experts(num_experts={self.num_experts}, hidden={self.hidden}, inter={self.inter}, "
+            f"order={self.order!r}, activation={self.activation!r})"
+        )
+
+
+def fused_experts(
+    x: TensorT,
+    weights: DLPackTensor,
+    ids: DLPackTensor,
+    experts: Experts[TensorT],
+    *,
+    expert_map: DLPackTensor | None = None,
+    first_expert: int = 0,
+    apply_router_weight_on_input: bool = False,
+    residual: DLPackTensor | None = None,
+    out: TensorT | None = None,
+    workspace: DLPackTensor | None = None,
+    stream: StreamLike = None,
+) -> TensorT:
+    """The whole expert layer: plan, grouped_gemm + activation, grouped_gemm, finalize.
+
+    x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> [T,H]; x and the experts share one dtype of f32|bf16|f16.
+    `expert_map`, `first_expert`: as in plan(). `apply_router_weight_on_input` multiplies the first product by the
+    router weight instead of weighting the sum. `residual` [T,H] is added in f32. On cuda a workspace of
+    experts.workspace_bytes(T, K) bytes is allocated unless passed; on cpu each thread keeps its own.
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.fused_experts(  # type: ignore[no-any-return]
+            x, weights, ids, experts, expert_map, first_expert, apply_router_weight_on_input, residual, out
+        )
+    fw = framework_of("fused_experts", "x", x)
+    framework_of("fused_experts", "ids", ids)
+    fw.admit("fused_experts", x, weights, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias, residual)
+    if out is None:
+        out = fw.empty(x, (_dim(x, 0), _dim(x, 1)))
+    if workspace is None and not fw.on_host(x):
+        workspace = fw.empty(x, (experts.workspace_bytes(_dim(ids, 0), _dim(ids, 1)),), "u8")
+    _core.fused_experts(
+        x,
+        weights,
+        ids,
+        experts.w13,
+        experts.w2,
+        out,
+        activation=experts.activation,
+        order=experts.order,
+        alpha=experts.alpha,
+        beta=experts.beta,
+        limit=experts.limit,
+        w13_bias=experts.w13_bias,
+        w2_bias=experts.w2_bias,
+        expert_map=expert_map,
+        first_expert=first_expert,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        residual=residual,
+        workspace=workspace,
+        stream=stream,
+    )
+    return fw.finish(out)  # type: ignore[no-any-return]
+
+
+def transpose_experts(src: TensorT, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
+    """out[e,n,k] = src[e,k,n]: a transposed checkpoint's weights in the layout of Experts.
+
+    [E,A,B] -> [E,B,A] of any dtype of 8 to 64 bits. With `out`, slices of experts (`src[e:e+1]`) convert a checkpoint
+    one expert at a time without a second copy in memory.
+    """
+    fw = framework_of("transpose_experts", "src", src)
+    fw.admit("transpose_experts", src)
+    if out is None:
+        out = fw.empty(src, (_dim(src, 0), _dim(src, 2), _dim(src, 1)))
+    _core.transpose_experts(src, out, stream=stream)
+    return fw.finish(out)  # type: ignore[no-any-return]
+
+
+def view_as(x: DLPackTensor, dtype: str) -> Any:
+    """The memory of `x` as a moecore dtype ("e4m3", "e8m0", "e2m1", "bf16", ...), for frameworks that lack it.
+
+    Bytes viewed as "e2m1" hold two elements each, the even one in the low nibble. torch tensors become native views where
+    torch has the dtype; otherwise the result is an object that every moecore op takes, with `.base`, `.dtype`, `.shape`.
+    """
+    return framework_of("view_as", "x", x).view(x, dtype)
+
+
+def plan_workspace_bytes(num_tokens: int, top_k: int, num_experts: int, device: str = "cpu") -> int:
+    """Bytes of workspace that plan() needs, at any alignment."""
+    return _padded(_core.plan_workspace_bytes(num_tokens, top_k, num_experts, device))
+
+
+def grouped_gemm_workspace_bytes(rows: int, n: int, k: int, num_experts: int, dtype: str, device: str = "cpu") -> int:
+    """Bytes of workspace that grouped_gemm() needs, at any alignment: weights [num_experts, n, k] of `dtype`."""
+    return _padded(_core.grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, device))
+
+
+def fused_experts_workspace_bytes(
+    num_tokens: int, top_k: int, num_experts: int, hidden: int, inter: int, dtype: str, device: str = "cpu"
+) -> int:
+    """Bytes of workspace that fused_experts() needs, at any alignment and for every routing."""
+    return _padded(_core.fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, dtype, device))
+
+
+def _padded(size: int) -> int:
+    return size + _ALIGNMENT_SLACK if size else 0
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which kernel and policy `op` would take for these arguments, and why; runs nothing.
+
+    `op` is the name of a function of this module; the arguments are its own, and are validated.
+    """
+    call = globals()[op] if op in OPS else None
+    if call is None:
+        raise ValueError(f'explain: op is "{op}", expected one of {", ".join(OPS)}')
+    _core.explain_begin()
+    try:
+        call(*args, **kwargs)
+    finally:
+        text = _core.explain_end()
+    return text
+
+
+OPS = (
+    "route",
+    "plan",
+    "permute",
+    "shuffle_rows",
+    "activate",
+    "grouped_gemm",
+    "finalize",
+    "fused_experts",
+    "transpose_experts",
+)
+"""The names of the ops, in the order of the data path."""
+
+__all__ = [
+    *OPS,
+    "Experts",
+    "Framework",
+    "OPS",
+    "Plan",
+    "explain",
+    "fused_experts_workspace_bytes",
+    "grouped_gemm_workspace_bytes",
+    "plan_workspace_bytes",
+    "view_as",
+]
