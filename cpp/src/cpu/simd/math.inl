@@ -1,0 +1,97 @@
+// exp, logistic products and the normal distribution, in f32. Every level runs the same operations in the
+// same order with the same roundings, so results do not depend on the instruction set. Largest errors over
+// all f32 inputs, in units in the last place of the exact result: see each function.
+
+/// p * 2^n for a whole n in [-252, 252]. Two exact powers, so that a result below 2^-126 is rounded once.
+MOECORE_INLINE Vec scale_by_power(Vec p, Ints n) {
+  const Ints half = shift_right<1>(n), rest = n - half, bias = set_int(127);
+  return p * as_floats(shift_left<23>(half + bias)) * as_floats(shift_left<23>(rest + bias));
+}
+
+/// e^x. NaN, infinities, overflow and denormal results as in the exact function.
+MOECORE_INLINE Vec exp(Vec x) {
+  // Outside these bounds the result is 0 or infinity, and n stays in range. NaN passes.
+  x = min(set(130.0f), max(set(-150.0f), x));
+  // x = n * ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
+  const Vec magic = set(12582912.0f);
+  const Vec shifted = fma(x, set(0x1.715476p+0f), magic), n = shifted - magic;
+  Vec r = fma(n, set(-0x1.62e430p-1f), x);
+  r = fma(n, set(0x1.05c610p-29f), r);
+  // e^r = 1 + r + r^2 q(r), minimax with relative error 3.1e-9.
+  Vec q = set(0.0013814486131f);
+  q = fma(q, r, set(0.00836878055309f));
+  q = fma(q, r, set(0.0416683938952f));
+  q = fma(q, r, set(0.166665201068f));
+  q = fma(q, r, set(0.499999934136f));
+  const Vec p = fma(r * r, q, r) + set(1.0f);
+  return scale_by_power(p, as_ints(shifted) - as_ints(magic));
+}
+
+/// 1 / (1 + e^-x), to the last bits also where it is tiny.
+MOECORE_INLINE Vec sigmoid(Vec x) {
+  const Vec e = exp(set(-0.0f) - abs(x));
+  return select(x < set(0.0f), e, set(1.0f)) / (set(1.0f) + e);
+}
+
+/// x / (1 + e^-y), from e^-|y| and the sign of y: e^-y itself would overflow where the result is still
+/// normal.
+MOECORE_INLINE Vec times_sigmoid(Vec x, Mask y_is_negative, Vec e) {
+  return x * select(y_is_negative, e, set(1.0f)) / (set(1.0f) + e);
+}
+
+/// e^-(t + t_lo), where t_lo is what rounding t left over.
+MOECORE_INLINE Vec exp_minus(Vec t, Vec t_lo) {
+  const Vec e = exp(set(-0.0f) - t);
+  return fma(e, set(-0.0f) - t_lo, e);
+}
+
+/// x / (1 + e^-x).
+MOECORE_INLINE Vec silu(Vec x) {
+  return times_sigmoid(x, x < set(0.0f), exp(set(-0.0f) - abs(x)));
+}
+
+/// x / (1 + e^(-alpha x)).
+MOECORE_INLINE Vec swish(Vec x, Vec alpha) {
+  const Vec t = abs(alpha) * abs(x);
+  // Beyond 110 the exponential is 0, and the remainder of an overflowed product would be infinite.
+  const Vec t_lo = select(t < set(110.0f), fma(abs(alpha), abs(x), set(-0.0f) - t), set(0.0f));
+  return times_sigmoid(x, alpha * x < set(0.0f), exp_minus(t, t_lo));
+}
+
+/// x / 2 * (1 + erf(x / sqrt 2)) = x * Phi(x).
+MOECORE_INLINE Vec gelu(Vec x) {
+  // q = Phi(-t) = e^(-t^2 / 2) * R(t); it underflows before t = 14.5. NaN passes.
+  const Vec t = min(set(14.5f), abs(x));
+  const Vec square = t * t, square_lo = fma(t, t, set(-0.0f) - square);
+  const Vec e = exp_minus(set(0.5f) * square, set(0.5f) * square_lo);
+  // R(t) * (t + 4) in s = (t - 4) / (t + 4), minimax with relative error 8.6e-9.
+  const Vec t4 = t + set(4.0f), s = (t - set(4.0f)) / t4;
+  Vec p = set(-0.000131967562031f);
+  p = fma(p, s, set(0.0001793636191f));
+  p = fma(p, s, set(0.00156992668645f));
+  p = fma(p, s, set(-0.00351255910153f));
+  p = fma(p, s, set(-0.00752527428465f));
+  p = fma(p, s, set(0.0604038318745f));
+  p = fma(p, s, set(-0.186523440931f));
+  p = fma(p, s, set(0.387136901077f));
+  p = fma(p, s, set(-0.607896588291f));
+  p = fma(p, s, set(0.755285135384f));
+  const Vec q = e * p / t4;
+  return x * select(x < set(0.0f), q, set(1.0f) - q);
+}
+
+/// x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x / (1 + e^-y), y = 2 sqrt(2 / pi) (x + 0.044715
+/// x^3).
+MOECORE_INLINE Vec gelu_tanh(Vec x) {
+  // y = t * (c0 + c1 t^2) with what each step lost; at t = 11 the exponential has underflowed. NaN passes.
+  const Vec t = min(set(11.0f), abs(x)), minus_0 = set(-0.0f);
+  const Vec c0 = set(0x1.988454p+0f), c0_lo = set(-0x1.857936p-25f);
+  const Vec c1 = set(0x1.2444f2p-4f), c1_lo = set(0x1.49b16ap-29f);
+  const Vec square = t * t, square_lo = fma(t, t, minus_0 - square);
+  const Vec cubic = c1 * square;
+  const Vec cubic_lo = fma(c1, square_lo, fma(c1_lo, square, fma(c1, square, minus_0 - cubic)));
+  const Vec large = max(c0, cubic), small = min(c0, cubic), p = large + small;
+  const Vec p_lo = (small - (p - large)) + (c0_lo + cubic_lo);
+  const Vec y = t * p, y_lo = fma(t, p_lo, fma(t, p, minus_0 - y));
+  return times_sigmoid(x, x < set(0.0f), exp_minus(y, y_lo));
+}

@@ -1,0 +1,47 @@
+// The kernels for AVX2, FMA and F16C.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/simd/target.h"
+#include "cpu/simd/types.h"
+
+namespace moecore::cpu {
+MOECORE_TARGET_BEGIN("avx2,fma,f16c")
+namespace avx2 {
+namespace {
+
+#include "cpu/simd/vec_avx2.inl"
+//
+#include "cpu/simd/tail.inl"
+//
+#include "cpu/simd/math.inl"
+//
+#include "cpu/kernels/activation.inl"
+//
+#include "cpu/kernels/activate.inl"
+#include "cpu/kernels/finalize.inl"
+#include "cpu/kernels/roof.inl"
+#include "cpu/kernels/route.inl"
+
+}  // namespace
+}  // namespace avx2
+MOECORE_TARGET_END
+
+const Kernels kAvx2Kernels = {
+    .route = avx2::route,
+    .activate = avx2::activate,
+    .finalize = avx2::finalize,
+    .activate_floats = avx2::activate_floats,
+    .read_all = avx2::read_all,
+    .fma_flops = avx2::fma_flops,
+};
+
+}  // namespace moecore::cpu
+
+#endif

@@ -1,0 +1,39 @@
+// The kernels for any CPU.
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels/kernels.h"
+#include "cpu/simd/target.h"
+#include "cpu/simd/types.h"
+
+namespace moecore::cpu {
+namespace baseline {
+namespace {
+
+#include "cpu/simd/vec_baseline.inl"
+//
+#include "cpu/simd/tail.inl"
+//
+#include "cpu/simd/math.inl"
+//
+#include "cpu/kernels/activation.inl"
+//
+#include "cpu/kernels/activate.inl"
+#include "cpu/kernels/finalize.inl"
+#include "cpu/kernels/roof.inl"
+#include "cpu/kernels/route.inl"
+
+}  // namespace
+}  // namespace baseline
+
+const Kernels kBaselineKernels = {
+    .route = baseline::route,
+    .activate = baseline::activate,
+    .finalize = baseline::finalize,
+    .activate_floats = baseline::activate_floats,
+    .read_all = baseline::read_all,
+    .fma_flops = baseline::fma_flops,
+};
+
+}  // namespace moecore::cpu
