@@ -63,7 +63,8 @@ TEST(CoreTensorView, DescribesItself) {
 }
 
 TEST(CoreInfo, IsConsistent) {
-  EXPECT_EQ(std::count(version().begin(), version().end(), '.'), 2) << version();
+  const std::string v = version();
+  EXPECT_EQ(std::count(v.begin(), v.end(), '.'), 2) << v;
   const std::string active = cpu_isa();
   const std::vector<std::string> all = cpu_isas();
   ASSERT_FALSE(all.empty());

@@ -249,12 +249,14 @@ BoundedValue activation(const Activation& a, double gate, double up, double gate
   if (!std::isnan(gate)) gate = std::min(gate, limit);
   if (!std::isnan(up)) up = std::clamp(up, -limit, limit);
   const double u = kF32Roundoff, magnitude = std::fabs(gate);
-  // f, its largest slope near `gate`, and the error of evaluating it in f32. x * sigmoid(s x): rounding s*x moves
-  // the exponent by |s x| u; exp, add and divide take a few ulp more; below -87 exp leaves the f32 range.
+  // f, its largest slope near `gate`, and the error of evaluating it in f32. x * sigmoid(s x): rounding s*x by
+  // |s x| u moves the sigmoid by that times (1 - sigmoid) of itself; exp, add and divide take a few ulp more; below
+  // -87 exp leaves the f32 range.
   double f = 0, slope = 1.13, error = 0;
   auto swish = [&](double s) {
-    f = gate == -kInf ? kNaN : gate / (1 + std::exp(-s * gate));
-    error = u * (16 + 4 * std::fabs(s * gate)) * std::fabs(f) + 1e-35;
+    const double e = std::exp(-s * gate);
+    f = gate / (1 + e);
+    error = u * (16 + 4 * std::fabs(s * gate) * (std::isinf(e) ? 1 : e / (1 + e))) * std::fabs(f) + 1e-35;
   };
   // 0.5 x (1 + g(x)): the sum may cancel, so the error is relative to x.
   auto half_sum = [&](double g) {

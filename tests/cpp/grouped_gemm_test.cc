@@ -1,0 +1,203 @@
+// grouped_gemm: exact on small integers (so an index error cannot hide in a tolerance), within the derived bound
+// on random values, with every fused option.
+
+#include "moecore/grouped_gemm.h"
+
+#include <cmath>
+
+#include "support/cases.h"
+#include "support/compare.h"
+#include "support/fixture.h"
+#include "support/oracle.h"
+
+namespace moecore::test {
+namespace {
+
+struct GemmCase {
+  std::vector<std::int64_t> counts;  // rows of each expert
+  std::int64_t n = 64, k = 64;
+  std::int64_t spare_rows = 0;  // rows behind expert_offsets[E]
+  bool gather = false;
+  std::optional<DType> bias{};
+  std::optional<DType> row_weights{};
+  std::optional<Activation> activation{};
+  Place place{};
+  int num_threads = 0;
+
+  friend std::ostream& operator<<(std::ostream& out, const GemmCase& c) {
+    out << "counts";
+    for (std::int64_t n : c.counts) out << " " << n;
+    return out << " N=" << c.n << " K=" << c.k << (c.gather ? " gather" : "") << (c.bias ? " bias" : "")
+               << (c.row_weights ? " row_weights" : "") << (c.activation ? " activation" : "") << " " << c.place.name;
+  }
+};
+
+class GroupedGemm : public OnDeviceDType {
+ protected:
+  enum class Values { kIntegers, kRandom };
+
+  void expect_gemm(const GemmCase& c, Values kind) {
+    SCOPED_TRACE(::testing::Message() << c);
+    Random random(static_cast<std::uint64_t>(c.n * 1000 + c.k));
+    const auto num_experts = static_cast<std::int64_t>(c.counts.size());
+    Array offsets({num_experts + 1});
+    for (std::int64_t e = 0; e < num_experts; ++e)
+      offsets[e + 1] = offsets[e] + static_cast<double>(c.counts[static_cast<std::size_t>(e)]);
+    const auto live = static_cast<std::int64_t>(offsets[num_experts]);
+    const std::int64_t num_rows = live + c.spare_rows, x_rows = c.gather ? std::max<std::int64_t>(1, live / 2 + 1) : num_rows;
+    auto values = [&](std::vector<std::int64_t> shape, DType type) {
+      return kind == Values::kIntegers ? random.integers(std::move(shape), -3, 3) : random.floats(std::move(shape), type);
+    };
+    Array x = values({x_rows, c.k}, dtype()), weights = values({num_experts, c.n, c.k}, dtype());
+    // What must not be read is NaN: rows behind the offsets and the weights of experts without rows.
+    if (!c.gather)
+      for (std::int64_t i = live * c.k; i < x.size(); ++i) x[i] = std::nan("");
+    for (std::int64_t e = 0; e < num_experts; ++e)
+      if (c.counts[static_cast<std::size_t>(e)] == 0)
+        for (std::int64_t i = 0; i < c.n * c.k; ++i) weights[e * c.n * c.k + i] = std::nan("");
+
+    oracle::GemmSpec spec{.activation = c.activation};
+    GroupedGemmOptions options{.activation = c.activation};
+    const Tensor x_tensor(device(), dtype(), x, c.place), weight_tensor(device(), dtype(), weights, c.place),
+        offset_tensor(device(), DType::kI32, offsets);
+    std::optional<Tensor> bias, row_token, row_weights;
+    if (c.bias) {
+      spec.bias = values({num_experts, c.n}, *c.bias);
+      bias.emplace(device(), *c.bias, *spec.bias, c.place);
+      options.bias = bias->read_only();
+    }
+    if (c.gather) {
+      spec.row_token = Array({num_rows}, -1);
+      for (std::int64_t r = 0; r < live; ++r) (*spec.row_token)[r] = static_cast<double>(random.below(x_rows));
+      row_token.emplace(device(), DType::kI32, *spec.row_token);
+      options.row_token = row_token->read_only();
+    }
+    if (c.row_weights) {
+      spec.row_weights = values({num_rows}, *c.row_weights);
+      row_weights.emplace(device(), *c.row_weights, *spec.row_weights);
+      options.row_weights = row_weights->read_only();
+    }
+    const std::int64_t width = c.activation && c.activation->gated() ? c.n / 2 : c.n;
+    Tensor out(device(), dtype(), {num_rows, width}, c.place);
+    const Call call(device(), grouped_gemm_workspace_bytes(num_rows, c.n, c.k, num_experts, dtype(), device()),
+                    c.num_threads);
+    grouped_gemm(x_tensor.read_only(), weight_tensor.read_only(), offset_tensor.read_only(), out, options, call);
+
+    Bounded expected = oracle::grouped_gemm(x, weights, offsets, num_rows, spec);
+    // Every product and every partial sum is an integer below 2^24: only the output's rounding is left.
+    if (kind == Values::kIntegers && !c.activation) expected.bound = Array({num_rows, width});
+    EXPECT_TRUE(within(out.get(), expected, dtype()));
+    EXPECT_TRUE(out.surroundings_intact());
+    EXPECT_TRUE(call.workspace_intact());
+  }
+};
+
+TEST_P(GroupedGemm, ExactOnIntegersForAnyShape) {
+  for (std::int64_t n : {1, 2, 7, 16, 33, 64, 130})
+    for (std::int64_t k : {1, 2, 5, 16, 31, 64, 100, 257})
+      expect_gemm({.counts = {3, 0, 1, 17, 5}, .n = n, .k = k}, Values::kIntegers);
+}
+
+TEST_P(GroupedGemm, ExactOnIntegersForAnyRowCount) {
+  for (std::int64_t rows = 0; rows <= 40; ++rows)
+    expect_gemm({.counts = {rows, 1, 0, rows}, .n = 48, .k = 40, .spare_rows = rows % 3}, Values::kIntegers);
+  expect_gemm({.counts = {300}, .n = 96, .k = 72}, Values::kIntegers);
+  expect_gemm({.counts = {0, 0, 0}, .n = 16, .k = 16}, Values::kIntegers);
+  expect_gemm({.counts = {0, 0, 0}, .n = 16, .k = 16, .spare_rows = 4}, Values::kIntegers);
+  expect_gemm({.counts = std::vector<std::int64_t>(257, 1), .n = 8, .k = 24}, Values::kIntegers);
+  std::vector<std::int64_t> hot(64, 0);
+  hot[63] = 200;
+  expect_gemm({.counts = hot, .n = 40, .k = 56}, Values::kIntegers);
+}
+
+TEST_P(GroupedGemm, ExactOnIntegersForAnyLayout) {
+  for (const Place& place : places(dtype()))
+    for (bool gather : {false, true})
+      for (std::int64_t k : {1, 9, 64, 96})
+        expect_gemm({.counts = {2, 9, 0, 33}, .n = 37, .k = k, .spare_rows = 3, .gather = gather, .place = place},
+                    Values::kIntegers);
+}
+
+TEST_P(GroupedGemm, RandomWithinTheBound) {
+  for (auto [n, k] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {96, 256}, {130, 1000}, {256, 2048}, {33, 4100}})
+    expect_gemm({.counts = {1, 0, 4, 40}, .n = n, .k = k}, Values::kRandom);
+  expect_gemm({.counts = {1}, .n = 300, .k = 512}, Values::kRandom);
+  expect_gemm({.counts = {64, 64}, .n = 192, .k = 320}, Values::kRandom);
+}
+
+TEST_P(GroupedGemm, NoDepthGivesTheBias) {
+  for (std::int64_t n : {1, 8, 33}) {
+    expect_gemm({.counts = {2, 0, 5}, .n = n, .k = 0}, Values::kIntegers);
+    expect_gemm({.counts = {2, 0, 5}, .n = n, .k = 0, .bias = DType::kF32}, Values::kIntegers);
+  }
+  expect_gemm({.counts = {2, 3}, .n = 0, .k = 16}, Values::kIntegers);
+}
+
+TEST_P(GroupedGemm, BiasAndRowWeights) {
+  for (std::optional<DType> bias : {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
+    for (std::optional<DType> row_weights : {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
+      for (bool gather : {false, true})
+        for (const Place& place : places(dtype())) {
+          GemmCase c{.counts = {1, 6, 0, 21}, .n = 50, .k = 36, .spare_rows = 2, .gather = gather};
+          c.bias = bias;
+          c.row_weights = row_weights;
+          c.place = place;
+          if (bias && place.byte_offset) c.place.byte_offset = 4;  // of f32 and 16-bit types alike
+          expect_gemm(c, Values::kIntegers);
+          expect_gemm(c, Values::kRandom);
+        }
+}
+
+TEST_P(GroupedGemm, FusedActivation) {
+  constexpr ActivationKind kKinds[] = {ActivationKind::kSilu,      ActivationKind::kGelu, ActivationKind::kGeluTanh,
+                                       ActivationKind::kQuickGelu, ActivationKind::kRelu, ActivationKind::kRelu2,
+                                       ActivationKind::kSwigluOai};
+  for (ActivationKind kind : kKinds)
+    for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain})
+      for (std::int64_t n : {2, 34, 96}) {
+        Activation a{.kind = kind, .order = order};
+        if (kind == ActivationKind::kSwigluOai) a = Activation::gpt_oss(order);
+        GemmCase c{.counts = {1, 5, 0, 18}, .n = n, .k = 40, .spare_rows = 3, .gather = true, .bias = DType::kF32};
+        c.activation = a;
+        expect_gemm(c, Values::kRandom);
+        c.counts = {0, 1, 0, 1};
+        c.row_weights = DType::kF32;
+        expect_gemm(c, Values::kRandom);
+      }
+}
+
+TEST_P(GroupedGemm, FusedReluIsExactOnIntegers) {
+  // relu(gate) * up of integers is an integer: catches gate and up changing places without a tolerance.
+  for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved})
+    for (std::int64_t n : {2, 6, 30, 64, 100})
+      for (const Place& place : places(dtype())) {
+        GemmCase c{.counts = {7, 1, 0, 12}, .n = n, .k = 12, .gather = true};
+        c.activation = Activation{.kind = ActivationKind::kRelu, .order = order};
+        c.place = place;
+        expect_gemm(c, Values::kIntegers);
+      }
+}
+
+TEST_P(GroupedGemm, BitsDoNotDependOnThreadsOrRepeats) {
+  Random random(8);
+  const std::int64_t num_experts = 6, n = 200, k = 333, num_rows = 90;
+  const Array offsets({num_experts + 1}, {0, 1, 1, 20, 25, 80, 88});
+  const Tensor x(device(), dtype(), random.floats({num_rows, k}, dtype())),
+      weights(device(), dtype(), random.floats({num_experts, n, k}, dtype())),
+      offset_tensor(device(), DType::kI32, offsets);
+  std::optional<Array> first;
+  for (int threads : {1, 2, 5, 1, 3}) {
+    Tensor out(device(), dtype(), {num_rows, n});
+    grouped_gemm(x, weights, offset_tensor, out, {},
+                 Call(device(), grouped_gemm_workspace_bytes(num_rows, n, k, num_experts, dtype(), device()), threads));
+    if (!first)
+      first = out.get();
+    else
+      EXPECT_TRUE(equal(out.get(), *first)) << threads << " threads";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, GroupedGemm, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);
+
+}  // namespace
+}  // namespace moecore::test
