@@ -1,0 +1,48 @@
+// The grouped GEMM's kernels for AVX-512 F, BW, DQ, VL.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/gemm/kernels.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/simd/target.h"
+#include "cpu/simd/types.h"
+
+namespace moecore::cpu::gemm {
+MOECORE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+namespace avx512 {
+namespace {
+
+inline constexpr bool kFusedMultiplyAdd = true;
+#include "cpu/simd/vec_avx512.inl"
+//
+#include "cpu/simd/tail.inl"
+//
+#include "cpu/gemm/dot.inl"
+#include "cpu/gemm/finish.inl"
+
+template <class T>
+constexpr Kernel make_kernel(const char* name) {
+  return {name, dot_product<Widened<T, 8>>, finish<T>, widen_elements<T>};
+}
+
+}  // namespace
+}  // namespace avx512
+MOECORE_TARGET_END
+
+const KernelTable& avx512_kernels() {
+  static constexpr KernelTable kTable = {
+      .f32 = avx512::make_kernel<float>("f32 dot products"),
+      .f16 = avx512::make_kernel<F16>("f16 dot products widened to f32"),
+      .bf16 = avx512::make_kernel<BF16>("bf16 dot products widened to f32")};
+  return kTable;
+}
+
+}  // namespace moecore::cpu::gemm
+
+#endif

@@ -1,0 +1,69 @@
+#pragma once
+// The grouped GEMM's kernels: one table per instruction set, each in a file of that name. grouped_gemm.cc
+// holds the schedule and picks a table; the kernels work on one block that fits a core's caches.
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "moecore/activate.h"
+
+namespace moecore::cpu::gemm {
+
+/// Rows of x that a block multiplies at once.
+inline constexpr int kBlockRows = 32;
+/// Weight rows of a block: 96 rows of 1024 bf16 are 192 KiB. A multiple of every kernel's tile width, also
+/// when it is halved between gate and up.
+inline constexpr int kBlockCols = 96;
+/// Depth after which the lanes of an accumulator are added up. Part of what fixes the bits of a result.
+inline constexpr std::int64_t kSumDepth = 1024;
+
+struct WeightRows {
+  const std::byte* data = nullptr;
+  int rows = 0;
+};
+
+/// c[m,n] = sum_k x[m,k] * w[n,k] for one block, where the weight rows n are those of w[0], then of w[1].
+struct Product {
+  const std::byte* const* x = nullptr;  // pointers to rows of `depth` elements
+  int rows = 0;                         // 1 .. kBlockRows
+  std::array<WeightRows, 2> w{};        // at most kBlockCols rows
+  std::int64_t w_pitch = 0;             // bytes from one weight row to the next
+  std::int64_t depth = 0;
+  float* c = nullptr;
+  int c_pitch = 0;
+};
+
+/// out[m,:] = RN( activation( c[m,:] * row_weights[m] + bias ) ). Overwrites c.
+struct Finish {
+  float* c = nullptr;  // [rows, width]; gated: gate columns then up columns (either order), or interleaved
+  int rows = 0;
+  int width = 0;
+  int c_pitch = 0;                         // a multiple of 16 with 16 floats to spare
+  const float* row_weights = nullptr;      // [rows] or none
+  const float* bias = nullptr;             // [width] or none
+  const Activation* activation = nullptr;  // or none
+  std::byte* out = nullptr;                // [rows, width] or [rows, width/2]
+  std::int64_t out_pitch = 0;              // bytes
+};
+
+/// One element type on one instruction set.
+struct Kernel {
+  const char* name = nullptr;
+  void (*product)(const Product&) = nullptr;
+  void (*finish)(const Finish&) = nullptr;
+  /// dst[i] = src[i] in f32.
+  void (*widen)(const std::byte* src, float* dst, std::int64_t n) = nullptr;
+};
+
+struct KernelTable {
+  Kernel f32, f16, bf16;
+};
+
+const KernelTable& baseline_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+const KernelTable& avx512_bf16_kernels();
+const KernelTable& amx_kernels();
+
+}  // namespace moecore::cpu::gemm

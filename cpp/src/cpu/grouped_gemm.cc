@@ -1,0 +1,183 @@
+// grouped_gemm on the CPU: the schedule. Weights are read where they are, once, and no copy of them is made.
+//
+// A panel is a run of up to kPanelRows rows of one expert; a task is a panel times one block of weight rows.
+// Inside a task the panel passes block by block of kBlockRows rows; a block's f32 results stay in L1 until
+// bias, row weights, activation and the one rounding have been applied. For a gated activation a task owns
+// the gate rows and the up rows of its output columns. Tasks of one panel are neighbours, so threads walk
+// through the weights side by side; an expert with few rows (the decode case) still gives every thread work.
+
+#include "ops/grouped_gemm.h"
+
+#include <algorithm>
+#include <array>
+
+#include "cpu/explain.h"
+#include "cpu/gemm/kernels.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace moecore::cpu {
+namespace {
+
+using gemm::kBlockCols;
+using gemm::kBlockRows;
+
+constexpr std::int64_t kPanelRows = 512;
+constexpr int kPitch = kBlockCols + 16;  // of a block's results; vectors may read past the last column
+
+struct Panel {
+  std::int32_t expert, first_row, rows;
+};
+
+const gemm::Kernel& kernel_for(DType dtype) {
+  static const gemm::KernelTable& table = []() -> const gemm::KernelTable& {
+#if defined(__x86_64__)
+    switch (active_isa()) {
+      case Isa::kAmx:
+      case Isa::kAvx512Bf16:
+      case Isa::kAvx512:
+        return gemm::avx512_kernels();
+      case Isa::kAvx2:
+        return gemm::avx2_kernels();
+      case Isa::kBaseline:
+        break;
+    }
+#endif
+    return gemm::baseline_kernels();
+  }();
+  return dtype == DType::kF32 ? table.f32 : dtype == DType::kF16 ? table.f16 : table.bf16;
+}
+
+std::int64_t max_panels(std::int64_t rows, std::int64_t num_experts) {
+  return std::min(rows, num_experts) + rows / kPanelRows;
+}
+
+// A task: the rows of `panel` times the weight rows of output columns [first_col, first_col + cols).
+struct Task {
+  const GroupedGemmProblem& p;
+  const gemm::Kernel& kernel;
+  Panel panel;
+  std::int64_t first_col;
+  int cols;
+
+  std::int64_t element_bytes() const { return bit_width(p.dtype) / 8; }
+  GateOrder order() const { return p.activation ? p.activation->order : GateOrder::kPlain; }
+
+  // The task's weight rows: one run, or as many of each half. Their order is that of the results in a block.
+  std::array<gemm::WeightRows, 2> weight_rows() const {
+    const std::byte* base =
+        static_cast<const std::byte*>(p.weights) + panel.expert * p.weight_expert_stride * element_bytes();
+    auto run = [&](std::int64_t row, int rows) {
+      return gemm::WeightRows{base + row * p.weight_row_stride * element_bytes(), rows};
+    };
+    switch (order()) {
+      case GateOrder::kPlain:
+        break;
+      case GateOrder::kInterleaved:
+        return {run(2 * first_col, 2 * cols), {}};
+      case GateOrder::kGateUp:
+      case GateOrder::kUpGate:
+        return {run(first_col, cols), run(p.n / 2 + first_col, cols)};
+    }
+    return {run(first_col, cols), {}};
+  }
+
+  // The bias of those weight rows, in f32.
+  void read_bias(float* bias) const {
+    const std::int64_t bytes = bit_width(p.bias_dtype) / 8;
+    const auto* base = static_cast<const std::byte*>(p.bias) + panel.expert * p.bias_stride * bytes;
+    const auto widen = kernel_for(p.bias_dtype).widen;
+    switch (order()) {
+      case GateOrder::kPlain:
+        return widen(base + first_col * bytes, bias, cols);
+      case GateOrder::kInterleaved:
+        return widen(base + 2 * first_col * bytes, bias, 2 * cols);
+      case GateOrder::kGateUp:
+      case GateOrder::kUpGate:
+        widen(base + first_col * bytes, bias, cols);
+        widen(base + (p.n / 2 + first_col) * bytes, bias + cols, cols);
+    }
+  }
+
+  void run() const {
+    alignas(64) float c[kBlockRows * kPitch], bias[kPitch], row_weights[kBlockRows + 16];
+    const std::byte* x[kBlockRows];
+    gemm::Product product{.x = x,
+                          .w = weight_rows(),
+                          .w_pitch = p.weight_row_stride * element_bytes(),
+                          .depth = p.k,
+                          .c = c,
+                          .c_pitch = kPitch};
+    gemm::Finish finish{.c = c,
+                        .width = product.w[0].rows + product.w[1].rows,
+                        .c_pitch = kPitch,
+                        .activation = p.activation ? &*p.activation : nullptr,
+                        .out_pitch = p.out_stride * element_bytes()};
+    if (p.bias) {
+      read_bias(bias);
+      finish.bias = bias;
+    }
+    const std::int64_t end = panel.first_row + panel.rows;
+    for (std::int64_t row = panel.first_row; row < end; row += kBlockRows) {
+      const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, end - row));
+      for (int i = 0; i < rows; ++i) {
+        const std::int64_t from = p.row_token ? p.row_token[row + i] : row + i;
+        x[i] = static_cast<const std::byte*>(p.x) + from * p.x_stride * element_bytes();
+      }
+      product.rows = finish.rows = rows;
+      kernel.product(product);
+      if (p.row_weights) {
+        const std::int64_t bytes = bit_width(p.row_weight_dtype) / 8;
+        kernel_for(p.row_weight_dtype)
+            .widen(static_cast<const std::byte*>(p.row_weights) + row * bytes, row_weights, rows);
+        finish.row_weights = row_weights;
+      }
+      finish.out = static_cast<std::byte*>(p.out) + (row * p.out_stride + first_col) * element_bytes();
+      kernel.finish(finish);
+    }
+  }
+};
+
+// Fills `panels` with the runs of rows there are to compute, in expert order; returns their number. Offsets
+// outside [0, R] are clipped, so that a wrong plan cannot reach past the tensors.
+std::int64_t list_panels(const GroupedGemmProblem& p, Panel* panels) {
+  std::int64_t count = 0;
+  std::int64_t done = 0;
+  for (std::int64_t e = 0; e < p.num_experts; ++e) {
+    const std::int64_t first = std::clamp<std::int64_t>(p.expert_offsets[e], done, p.num_rows);
+    const std::int64_t end = std::clamp<std::int64_t>(p.expert_offsets[e + 1], first, p.num_rows);
+    for (std::int64_t row = first; row < end; row += kPanelRows)
+      panels[count++] = {static_cast<std::int32_t>(e), static_cast<std::int32_t>(row),
+                         static_cast<std::int32_t>(std::min(kPanelRows, end - row))};
+    done = end;
+  }
+  return count;
+}
+
+}  // namespace
+
+std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t, std::int64_t,
+                                         std::int64_t num_experts, DType) {
+  return static_cast<std::size_t>(max_panels(rows, num_experts)) * sizeof(Panel);
+}
+
+void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  const gemm::Kernel& kernel = kernel_for(p.dtype);
+  const bool gated = p.activation && p.activation->gated();
+  const std::int64_t out_cols = gated ? p.n / 2 : p.n;
+  const std::int64_t task_cols = gated ? kBlockCols / 2 : kBlockCols;
+  const std::int64_t tasks_per_panel = (out_cols + task_cols - 1) / task_cols;
+  if (explain(ctx, "grouped_gemm", kernel.name,
+              threads_for(ctx, max_panels(p.num_rows, p.num_experts) * tasks_per_panel)))
+    return;
+  auto* panels = reinterpret_cast<Panel*>(ctx.workspace.data());
+  const std::int64_t num_panels = list_panels(p, panels);
+  parallel_for(ctx, num_panels * tasks_per_panel, [&](std::int64_t task, int) {
+    const std::int64_t first_col = task % tasks_per_panel * task_cols;
+    Task{p, kernel, panels[task / tasks_per_panel], first_col,
+         static_cast<int>(std::min(task_cols, out_cols - first_col))}
+        .run();
+  });
+}
+
+}  // namespace moecore::cpu
