@@ -92,7 +92,9 @@ void bind_route(nb::module_& m) {
         const TensorView& ids_view = call.in("ids", ids);
         const RouteOptions options{
             .scoring = parse<Scoring>("route", "scoring", scoring,
-                                      {{"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}}),
+                                      {{"softmax", Scoring::kSoftmax},
+                                       {"sigmoid", Scoring::kSigmoid},
+                                       {"identity", Scoring::kIdentity}}),
             .bias = call.in("bias", bias),
             .num_groups = num_groups,
             .topk_groups = topk_groups,
@@ -114,8 +116,9 @@ void bind_plan(nb::module_& m) {
       [](const TensorArg& ids, const TensorArg& expert_offsets, const TensorArg& scale_offsets,
          const TensorArg& row_token, const TensorArg& slot_row, const OptionalTensor& row_route,
          const OptionalTensor& problem_sizes1, const OptionalTensor& problem_sizes2, std::int64_t num_experts,
-         const OptionalTensor& expert_map, std::int64_t first_expert, std::int64_t hidden, std::int64_t inter,
-         bool gated, bool swap_ab, const OptionalTensor& workspace, StreamArg stream) {
+         const OptionalTensor& expert_map, std::int64_t first_expert, std::int64_t scale_alignment,
+         std::int64_t hidden, std::int64_t inter, bool gated, bool swap_ab, const OptionalTensor& workspace,
+         StreamArg stream) {
         OpCall call("plan", ids, stream);
         const TensorView& ids_view = call.in("ids", ids);
         const Plan out{.expert_offsets = call.in("expert_offsets", expert_offsets),
@@ -128,6 +131,7 @@ void bind_plan(nb::module_& m) {
         const PlanOptions options{.num_experts = num_experts,
                                   .expert_map = call.in("expert_map", expert_map),
                                   .first_expert = first_expert,
+                                  .scale_alignment = scale_alignment,
                                   .hidden = hidden,
                                   .inter = inter,
                                   .gated = gated,
@@ -141,8 +145,8 @@ void bind_plan(nb::module_& m) {
       },
       "ids"_a, "expert_offsets"_a, "scale_offsets"_a, "row_token"_a, "slot_row"_a, "row_route"_a = nb::none(),
       "problem_sizes1"_a = nb::none(), "problem_sizes2"_a = nb::none(), nb::kw_only(), "num_experts"_a,
-      "expert_map"_a = nb::none(), "first_expert"_a = 0, "hidden"_a = 0, "inter"_a = 0, "gated"_a = true,
-      "swap_ab"_a = false, "workspace"_a = nb::none(), "stream"_a = nb::none());
+      "expert_map"_a = nb::none(), "first_expert"_a = 0, "scale_alignment"_a = 128, "hidden"_a = 0,
+      "inter"_a = 0, "gated"_a = true, "swap_ab"_a = false, "workspace"_a = nb::none(), "stream"_a = nb::none());
   m.def(
       "plan_workspace_bytes",
       [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts, std::string_view device) {

@@ -56,7 +56,7 @@ def route(
 
     logits [T,E] f32|f16|bf16 -> (weights f32 [T,K], ids i32 [T,K]), 1 <= K <= E <= 2048. f32 inside.
 
-    `scoring` is "softmax" or "sigmoid". `bias` f32 [E] is added to the score for selection only. Of `num_groups` equal
+    `scoring` is "softmax", "sigmoid" or "identity" (the logits are scores already). `bias` f32 [E] is added to the score for selection only. Of `num_groups` equal
     groups of experts only the `topk_groups` best compete, ranked by "top2_sum" or "max". Ties go to the lower expert;
     an expert whose logit or bias is not finite is never selected; a slot without an expert has id -1 and weight 0.
     `renormalize` divides a token's weights by their sum, then `scale` multiplies them. `is_padding` (bool|u8 [T])
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
     expert_offsets: Any
     """[E+1]: expert e owns rows expert_offsets[e] .. expert_offsets[e+1]-1."""
     scale_offsets: Any
-    """[E+1]: the same with every expert's count rounded up to 128."""
+    """[E+1]: the same with every expert's count rounded up to scale_alignment."""
     row_token: Any
     """[R]: token of a row; -1 for rows that no route owns."""
     slot_row: Any
@@ -135,6 +135,7 @@ def plan(
     *,
     expert_map: DLPackTensor | None = None,
     first_expert: int = 0,
+    scale_alignment: int = 128,
     problem_sizes: tuple[int, int] | None = None,
     gated: bool = True,
     swap_ab: bool = False,
@@ -145,12 +146,12 @@ def plan(
     """Groups the routes of `ids` (i32|i64 [T,K]) by expert. Stable: inside an expert rows ascend by route.
 
     `num_experts` counts local experts. A global id g is local expert `expert_map[g]` (i32 [G], -1 = not here), or
-    without a map g - `first_expert`; routes outside [0, num_experts) are dropped (slot_row = -1). `problem_sizes` =
-    (hidden, inter) also fills the two [E,3] tables, for a gated activation unless `gated` is False, and with the first
+    without a map g - `first_expert`; routes outside [0, num_experts) are dropped (slot_row = -1). `scale_offsets` rounds every
+    expert's count up to `scale_alignment`. `problem_sizes` = (hidden, inter) also fills the two [E,3] tables, for a gated activation unless `gated` is False, and with the first
     two columns exchanged with `swap_ab`.
     """
     if (compiled := _compiled()) is not None:
-        return compiled.plan(ids, num_experts, expert_map, first_expert, problem_sizes, gated, swap_ab, out)  # type: ignore[no-any-return]
+        return compiled.plan(ids, num_experts, expert_map, first_expert, scale_alignment, problem_sizes, gated, swap_ab, out)  # type: ignore[no-any-return]
     fw = framework_of("plan", "ids", ids)
     fw.admit("plan", ids, expert_map)
     num_tokens, top_k, experts = _dim(ids, 0), _dim(ids, 1), max(int(num_experts), 0)
@@ -175,6 +176,7 @@ def plan(
         num_experts=num_experts,
         expert_map=expert_map,
         first_expert=first_expert,
+        scale_alignment=scale_alignment,
         hidden=hidden,
         inter=inter,
         gated=gated,

@@ -24,6 +24,7 @@ class PlanOp : public OnDevice {
            sizes2 = output({e, 3});
     PlanOptions options{.num_experts = e,
                         .first_expert = spec.first_expert,
+                        .scale_alignment = spec.scale_alignment,
                         .hidden = spec.hidden,
                         .inter = spec.inter,
                         .gated = spec.gated,
@@ -59,6 +60,14 @@ TEST_P(PlanOp, MatchesTheOracle) {
     SCOPED_TRACE(::testing::Message() << c);
     expect_plan(c.ids(), {.num_experts = c.num_experts, .hidden = 7, .inter = 5});
   }
+}
+
+TEST_P(PlanOp, AlignsScaleOffsets) {
+  for (const RoutingCase& c : short_routing_cases())
+    for (std::int64_t alignment : {1, 16, 100, 1024}) {
+      SCOPED_TRACE(::testing::Message() << c << " alignment " << alignment);
+      expect_plan(c.ids(), {.num_experts = c.num_experts, .scale_alignment = alignment});
+    }
 }
 
 TEST_P(PlanOp, HoldsItsInvariants) {

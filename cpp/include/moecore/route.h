@@ -8,7 +8,8 @@
 
 namespace [[gnu::visibility("default")]] moecore {
 
-enum class Scoring : std::uint8_t { kSoftmax, kSigmoid };
+/// kIdentity: the logits are scores already.
+enum class Scoring : std::uint8_t { kSoftmax, kSigmoid, kIdentity };
 
 /// How a group of experts is ranked against the other groups.
 enum class GroupScore : std::uint8_t { kTop2Sum, kMax };
@@ -31,8 +32,8 @@ struct RouteOptions {
 
 /// logits [T,E] f32|f16|bf16 -> weights f32 [T,K], ids i32 [T,K]; 1 <= K <= E <= 2048, rows may be strided.
 ///
-/// All arithmetic is f32. score_e = softmax(logits)_e or 1 / (1 + exp(-logit_e)). The selection key is
-/// score_e + bias_e with a bias and the logit itself without one (both scorings are monotone, so ids do not
+/// All arithmetic is f32. score_e = softmax(logits)_e, 1 / (1 + exp(-logit_e)) or logit_e. The selection key is
+/// score_e + bias_e with a bias and the logit itself without one (every scoring is monotone, so ids do not
 /// depend on how exp rounds). The K largest keys win, ties go to the lower expert id, slots are in descending
 /// key order. An expert whose logit or bias is not finite is never selected. A slot for which no expert is
 /// left has id -1 and weight 0. weight_j = score_j, with `renormalize` score_j / (sum_j score_j + 1e-20) (sum

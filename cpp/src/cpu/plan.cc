@@ -73,7 +73,7 @@ std::int64_t prefix(const PlanProblem& p, std::int32_t* counts, std::int64_t par
   for (std::int64_t part = 1; part < parts; ++part)
     for (std::int64_t e = 0; e < num_experts; ++e) offsets[e + 1] += counts[part * num_experts + e];
 
-  constexpr auto kAlign = static_cast<std::int32_t>(kScaleRowAlignment);
+  const auto align = static_cast<std::int32_t>(p.scale_alignment);
   const auto wide = static_cast<std::int32_t>(p.gated ? 2 * p.inter : p.inter);
   const auto inter = static_cast<std::int32_t>(p.inter), hidden = static_cast<std::int32_t>(p.hidden);
   auto write_sizes = [&](std::int32_t* sizes, std::int32_t count, std::int32_t n, std::int32_t k) {
@@ -88,7 +88,7 @@ std::int64_t prefix(const PlanProblem& p, std::int32_t* counts, std::int64_t par
     if (p.problem_sizes1) write_sizes(p.problem_sizes1 + 3 * e, count, wide, hidden);
     if (p.problem_sizes2) write_sizes(p.problem_sizes2 + 3 * e, count, hidden, inter);
     offsets[e + 1] = rows += count;
-    p.scale_offsets[e + 1] = scale_rows += (count + kAlign - 1) / kAlign * kAlign;
+    p.scale_offsets[e + 1] = scale_rows += (count + align - 1) / align * align;
   }
 
   // Part 0 starts at the expert's first row, every other part where the one before it ends.

@@ -34,8 +34,13 @@ void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, co
   const std::int64_t num_experts = options.num_experts;
   check.that(num_experts >= 1 && num_experts <= kMaxExperts, "num_experts", num_experts,
              "1 to " + std::to_string(kMaxExperts));
-  check.that(num_routes <= std::numeric_limits<std::int32_t>::max() - (kScaleRowAlignment - 1) * num_experts,
-             "num_tokens * top_k", num_routes, "at most 2^31 - 1 - 127 * num_experts");
+  check.that(options.scale_alignment >= 1 && options.scale_alignment <= kMaxScaleAlignment, "scale_alignment",
+             options.scale_alignment, "1 to " + std::to_string(kMaxScaleAlignment));
+  // The last offset must fit an i32 for every routing.
+  const std::int64_t max_routes =
+      std::numeric_limits<std::int32_t>::max() - (options.scale_alignment - 1) * num_experts;
+  check.that(num_routes <= max_routes, "num_tokens * top_k", num_routes,
+             "at most 2^31 - 1 - (scale_alignment - 1) * num_experts = " + std::to_string(max_routes));
   if (options.expert_map) check.tensor("expert_map", *options.expert_map, I32Type::kRows, 1);
 
   PlanProblem problem;
@@ -70,6 +75,7 @@ void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, co
     problem.num_global = options.expert_map->shape[0];
   }
   problem.first_expert = options.first_expert;
+  problem.scale_alignment = options.scale_alignment;
   problem.hidden = options.hidden;
   problem.inter = options.inter;
   problem.gated = options.gated;

@@ -9,8 +9,7 @@
 
 namespace moecore {
 
-/// Rows of an expert's scale block are padded to this many (the 128x4 scale layout).
-inline constexpr std::int64_t kScaleRowAlignment = 128;
+inline constexpr std::int64_t kMaxScaleAlignment = 1024;
 
 struct PlanProblem {
   IndexRef ids;  // [T,K], rows ids_stride apart
@@ -21,6 +20,7 @@ struct PlanProblem {
   const std::int32_t* expert_map = nullptr;  // [num_global] or none
   std::int64_t num_global = 0;
   std::int64_t first_expert = 0;
+  std::int64_t scale_alignment = 128;
   std::int32_t* expert_offsets = nullptr;  // [E+1]
   std::int32_t* scale_offsets = nullptr;   // [E+1]
   std::int32_t* row_token = nullptr;       // [R]

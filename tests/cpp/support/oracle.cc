@@ -84,6 +84,8 @@ double decode(DType dtype, std::uint64_t bits) {
 }
 
 double round_to(DType dtype, double x) {
+  // The machine's conversion, which compare_test proves equal to encode(), for speed.
+  if (dtype == DType::kF32) return static_cast<double>(static_cast<float>(x));
   return decode(dtype, encode(dtype, x));
 }
 
@@ -119,7 +121,7 @@ PlanResult plan(const Array& ids, const PlanSpec& spec) {
       p.slot_row[r] = static_cast<double>(row++);
     }
     p.expert_offsets[e + 1] = static_cast<double>(row);
-    p.scale_offsets[e + 1] = p.scale_offsets[e] + static_cast<double>((n + 127) / 128 * 128);
+    p.scale_offsets[e + 1] = p.scale_offsets[e] + static_cast<double>((n + spec.scale_alignment - 1) / spec.scale_alignment * spec.scale_alignment);
     const std::int64_t wide = spec.gated ? 2 * spec.inter : spec.inter;
     const std::int64_t sizes1[3] = {spec.swap_ab ? wide : n, spec.swap_ab ? n : wide, spec.hidden};
     const std::int64_t sizes2[3] = {spec.swap_ab ? spec.hidden : n, spec.swap_ab ? n : spec.hidden, spec.inter};
@@ -161,6 +163,9 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
         // x - max (one rounding of up to |x - max|), exp (4 ulp), a sum of E terms, one division.
         score[e] = std::exp(x - largest) / sum;
         error[e] = kF32Roundoff * (std::fabs(x - largest) + static_cast<double>(num_experts) + 12) * score[e];
+      } else if (spec.scoring == Scoring::kIdentity) {
+        score[e] = x;
+        error[e] = 0;
       } else {
         score[e] = 1 / (1 + std::exp(-x));
         error[e] = kF32Roundoff * 12 * score[e];
@@ -174,6 +179,8 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
       for (std::size_t e = 0; e < n; ++e)
         if (eligible[e]) slack = std::max(slack, 4 * error[e] + 4 * kF32Roundoff * std::fabs(key[e]));
 
+    // Equal inputs are equal keys and no matter of rounding; keys that differ by less than the slack are.
+    auto close = [&](double high, double low) { return std::isfinite(low) && high != low && high - low <= 2 * slack; };
     auto better = [](const std::vector<double>& v, std::size_t a, std::size_t b) {
       return v[a] != v[b] ? v[a] > v[b] : a < b;
     };
@@ -199,7 +206,7 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
       if (spec.topk_groups < spec.num_groups) {
         const double last = rank[order[static_cast<std::size_t>(spec.topk_groups) - 1]];
         const double next = rank[order[static_cast<std::size_t>(spec.topk_groups)]];
-        ambiguous = std::isfinite(next) && last - next <= 2 * slack;
+        ambiguous = close(last, next);
       }
     }
     std::vector<std::size_t> order;
@@ -208,7 +215,7 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
     std::sort(order.begin(), order.end(), [&](auto a, auto b) { return better(key, a, b); });
     if (!exact_keys)
       for (std::size_t j = 0; j + 1 < order.size() && j < static_cast<std::size_t>(top_k); ++j)
-        ambiguous = ambiguous || key[order[j]] - key[order[j + 1]] <= 2 * slack;
+        ambiguous = ambiguous || close(key[order[j]], key[order[j + 1]]);
     result.ambiguous[static_cast<std::size_t>(t)] = ambiguous;
 
     const auto picked = std::min<std::size_t>(order.size(), static_cast<std::size_t>(top_k));

@@ -33,6 +33,7 @@ struct PlanSpec {
   std::int64_t num_experts = 0;
   std::optional<std::vector<std::int32_t>> expert_map{};
   std::int64_t first_expert = 0;
+  std::int64_t scale_alignment = 128;
   std::int64_t hidden = 0;
   std::int64_t inter = 0;
   bool gated = true;

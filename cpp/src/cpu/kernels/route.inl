@@ -183,13 +183,14 @@ void route_token(const RouteProblem& p, std::int64_t t, RouteBuffers& b) {
     store(lanes, max_lanes(tops));
     const float top = lanes[0];
 
-    const bool softmax = p.scoring == Scoring::kSoftmax, keys_are_scores = p.bias || p.num_groups > 1;
+    const bool softmax = p.scoring == Scoring::kSoftmax, identity = p.scoring == Scoring::kIdentity;
+    const bool keys_are_scores = p.bias || p.num_groups > 1 || identity;
     float sum = 1.0f;
     if (top > kMinusInf) {
       if (softmax) sum = sum_of_exponentials(b.key, n, top, keys_are_scores ? b.score : nullptr);
       if (keys_are_scores) {
         for (std::int64_t e = 0; e < n; e += W) {
-          const Vec x = load(b.key + e), score = softmax ? load(b.score + e) / set(sum) : sigmoid(x);
+          const Vec x = load(b.key + e), score = identity ? x : softmax ? load(b.score + e) / set(sum) : sigmoid(x);
           const Vec bias =
               p.bias ? load_n(p.bias + e, p.num_experts - e > 0 ? p.num_experts - e : 0) : set(0.0f);
           store(b.score + e, score);
