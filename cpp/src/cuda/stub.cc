@@ -8,6 +8,7 @@
 #include "ops/info.h"
 #include "ops/permute.h"
 #include "ops/plan.h"
+#include "ops/quantize.h"
 #include "ops/route.h"
 #include "ops/transpose_experts.h"
 
@@ -43,6 +44,18 @@ void finalize(const FinalizeProblem&, const ExecContext&) {
 }
 void transpose_experts(const TransposeProblem&, const ExecContext&) {
   refuse("transpose_experts");
+}
+void quantize(const QuantizeProblem&, const ExecContext&) {
+  refuse("quantize");
+}
+void dequantize(const DequantizeProblem&, const ExecContext&) {
+  refuse("dequantize");
+}
+void global_scale(const GlobalScaleProblem&, const ExecContext&) {
+  refuse("global_scale");
+}
+void convert_scales(const ConvertScalesProblem&, const ExecContext&) {
+  refuse("convert_scales");
 }
 std::size_t plan_workspace_bytes(std::int64_t, std::int64_t) {
   refuse("plan");

@@ -6,6 +6,7 @@
 
 #include "ops/activate.h"
 #include "ops/finalize.h"
+#include "ops/quantize.h"
 #include "ops/route.h"
 
 namespace moecore::cpu {
@@ -24,6 +25,13 @@ struct Kernels {
                    std::int64_t column_begin, std::int64_t column_end);
   /// out[i] = f(gate[i]) * (up[i] + beta), for grouped_gemm's epilogue: see kernels/activation.inl.
   void (*activate_floats)(const Activation&, const float* gate, const float* up, float* out, std::int64_t n);
+  // The steps of quantize and dequantize on n columns in blocks of `block`: see kernels/quantize.inl.
+  void (*quantize_amax)(DType, const void* x, std::int64_t n, std::int64_t block, float* amax);
+  void (*quantize_encode)(DType, bool e2m1, const void* x, std::int64_t n, std::int64_t block,
+                          const float* factor, std::uint8_t* out);
+  void (*nvfp4_scales)(const float* amax, std::int64_t n, float global, std::uint8_t* scale, float* factor);
+  void (*dequantize_decode)(DType, bool e2m1, const std::uint8_t* codes, std::int64_t n, std::int64_t block,
+                            const float* scale, void* out);
   /// Reads `bytes` (a multiple of 1024) and returns a number that depends on all of them.
   float (*read_all)(const float* data, std::size_t bytes);
   /// Runs `rounds` rounds of independent f32 fma chains on registers; returns the flops done.

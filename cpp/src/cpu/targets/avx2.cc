@@ -18,6 +18,8 @@ namespace {
 
 #include "cpu/simd/vec_avx2.inl"
 //
+#include "cpu/simd/bytes_avx2.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 #include "cpu/simd/math.inl"
@@ -26,6 +28,7 @@ namespace {
 //
 #include "cpu/kernels/activate.inl"
 #include "cpu/kernels/finalize.inl"
+#include "cpu/kernels/quantize.inl"
 #include "cpu/kernels/roof.inl"
 #include "cpu/kernels/route.inl"
 
@@ -38,6 +41,10 @@ const Kernels kAvx2Kernels = {
     .activate = avx2::activate,
     .finalize = avx2::finalize,
     .activate_floats = avx2::activate_floats,
+    .quantize_amax = avx2::quantize_amax,
+    .quantize_encode = avx2::quantize_encode,
+    .nvfp4_scales = avx2::nvfp4_scales,
+    .dequantize_decode = avx2::dequantize_decode,
     .read_all = avx2::read_all,
     .fma_flops = avx2::fma_flops,
 };

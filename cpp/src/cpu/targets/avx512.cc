@@ -18,6 +18,8 @@ namespace {
 
 #include "cpu/simd/vec_avx512.inl"
 //
+#include "cpu/simd/bytes_avx512.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 #include "cpu/simd/math.inl"
@@ -26,6 +28,7 @@ namespace {
 //
 #include "cpu/kernels/activate.inl"
 #include "cpu/kernels/finalize.inl"
+#include "cpu/kernels/quantize.inl"
 #include "cpu/kernels/roof.inl"
 #include "cpu/kernels/route.inl"
 
@@ -38,6 +41,10 @@ const Kernels kAvx512Kernels = {
     .activate = avx512::activate,
     .finalize = avx512::finalize,
     .activate_floats = avx512::activate_floats,
+    .quantize_amax = avx512::quantize_amax,
+    .quantize_encode = avx512::quantize_encode,
+    .nvfp4_scales = avx512::nvfp4_scales,
+    .dequantize_decode = avx512::dequantize_decode,
     .read_all = avx512::read_all,
     .fma_flops = avx512::fma_flops,
 };

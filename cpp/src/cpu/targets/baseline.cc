@@ -13,6 +13,8 @@ namespace {
 
 #include "cpu/simd/vec_baseline.inl"
 //
+#include "cpu/simd/bytes_baseline.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 #include "cpu/simd/math.inl"
@@ -21,6 +23,7 @@ namespace {
 //
 #include "cpu/kernels/activate.inl"
 #include "cpu/kernels/finalize.inl"
+#include "cpu/kernels/quantize.inl"
 #include "cpu/kernels/roof.inl"
 #include "cpu/kernels/route.inl"
 
@@ -32,6 +35,10 @@ const Kernels kBaselineKernels = {
     .activate = baseline::activate,
     .finalize = baseline::finalize,
     .activate_floats = baseline::activate_floats,
+    .quantize_amax = baseline::quantize_amax,
+    .quantize_encode = baseline::quantize_encode,
+    .nvfp4_scales = baseline::nvfp4_scales,
+    .dequantize_decode = baseline::dequantize_decode,
     .read_all = baseline::read_all,
     .fma_flops = baseline::fma_flops,
 };
