@@ -20,8 +20,7 @@ namespace {
 using namespace nb::literals;
 
 void bind_exceptions(nb::module_& m) {
-  static const nb::handle backend_error =
-      nb::exception<BackendError>(m, "BackendError", PyExc_RuntimeError).release();
+  nb::exception<BackendError>(m, "BackendError", PyExc_RuntimeError);
   nb::register_exception_translator([](const std::exception_ptr& error, void*) {
     try {
       std::rethrow_exception(error);

@@ -39,6 +39,7 @@ from moecore.ops import (
     view_as,
 )
 
+BackendError.__module__ = "moecore"
 __version__: str = _core.version()
 
 __all__ = [

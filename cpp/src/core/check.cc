@@ -52,7 +52,7 @@ void Check::fail_type(std::string_view arg, std::string_view actual, std::string
 void Check::tensor(std::string_view arg, const TensorView& t, int ndim, Access access) const {
   if (t.device != ctx_.device) fail(arg, t.describe(), "a tensor on " + to_string(ctx_.device));
   if (t.ndim != ndim) fail(arg, t.describe(), std::to_string(ndim) + " dimensions");
-  if (t.ndim > 0 && t.shape[t.ndim - 1] > 1 && t.strides[t.ndim - 1] != 1)
+  if (t.numel() > 0 && t.ndim > 0 && t.shape[t.ndim - 1] > 1 && t.strides[t.ndim - 1] != 1)
     fail(arg, t.describe(), "a dense last dimension");
   if (t.numel() > 0 && t.data == nullptr)
     fail(arg, t.describe() + " without data", "real memory (a fake or meta tensor cannot be read)");

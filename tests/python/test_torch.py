@@ -1,0 +1,185 @@
+"""torch: dispatcher ops, torch.compile, gradients, inference mode."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moecore
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+T, K, E, H, I = 6, 2, 8, 16, 12  # noqa: E741
+
+
+@pytest.fixture
+def layer() -> dict[str, Any]:
+    torch.manual_seed(0)
+    logits = torch.randn(T, E)
+    weights, ids = moecore.route(logits, K)
+    plan = moecore.plan(ids, E)
+    return {
+        "logits": logits, "weights": weights, "ids": ids, "plan": plan, "x": torch.randn(T, H),
+        "rows": torch.randn(T * K, H), "w13": torch.randn(E, 2 * I, H), "w2": torch.randn(E, H, I),
+        "b13": torch.randn(E, 2 * I), "b2": torch.randn(E, H), "wide": torch.randn(T * K, 2 * I),
+    }  # fmt: skip
+
+
+def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    plan = d["plan"]
+    return {
+        "route": (d["logits"], K, "sigmoid", torch.randn(E), 4, 2, "max", True, 2.0, torch.zeros(T, dtype=torch.bool)),
+        "plan": (d["ids"], E, None, 0, 128, H, I, True, False),
+        "permute": (d["x"], plan.row_token, plan.slot_row, plan.expert_offsets),
+        "shuffle_rows": (d["x"], torch.tensor([3, -1, 0])),
+        "activate": (d["wide"], "swiglu_oai", "interleaved", None, None, None, None),
+        "grouped_gemm": (
+            d["x"], d["w13"], plan.expert_offsets, d["b13"], plan.row_token, "silu", "gate_up", None, None, None, None,
+        ),
+        "finalize": (d["rows"], plan.slot_row, d["weights"], H - 3, False, d["x"][:, : H - 3].clone()),
+        "fused_experts": (
+            d["x"], d["weights"], d["ids"], d["w13"], d["w2"], d["b13"], d["b2"], "silu", "gate_up", None, None, None,
+            None, 0, False, d["x"],
+        ),
+    }  # fmt: skip
+
+
+OPS = ["route", "plan", "permute", "shuffle_rows", "activate", "grouped_gemm", "finalize", "fused_experts"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(layer: dict[str, Any], op: str) -> None:
+    import moecore.torch
+
+    args = cases(layer)[op]
+    torch.library.opcheck(getattr(torch.ops.moecore, op).default, args)
+    outputs = getattr(torch.ops.moecore, op)(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    fresh = tuple(torch.full_like(o, 7) for o in outputs)
+    torch.library.opcheck(getattr(torch.ops.moecore, f"{op}_out").default, (*args, *fresh))
+    getattr(torch.ops.moecore, f"{op}_out")(*args, *fresh)
+    for a, b in zip(outputs, fresh, strict=True):
+        assert torch.equal(a, b)
+
+
+def forward(logits: Any, x: Any, experts: Any) -> Any:
+    """The layer, through every public function."""
+    weights, ids = moecore.route(logits, K, renormalize=True)
+    plan = moecore.plan(ids, E, problem_sizes=(H, I))
+    rows = moecore.permute(x, plan)
+    wide = moecore.grouped_gemm(rows, experts.w13, plan.expert_offsets, bias=experts.w13_bias)
+    narrow = moecore.activate(wide, order="gate_up", expert_offsets=plan.expert_offsets)
+    out = moecore.grouped_gemm(narrow, experts.w2, plan.expert_offsets, bias=experts.w2_bias)
+    layered = moecore.finalize(out, plan, weights, residual=x)
+    return layered + moecore.fused_experts(x, weights, ids, experts) + moecore.shuffle_rows(x, ids[:, 0].contiguous())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compile_whole_layer(layer: dict[str, Any], dtype: str, dynamic: bool) -> None:
+    cast = {name: layer[name].to(getattr(torch, dtype)) for name in ("x", "w13", "w2", "b13", "b2")}
+    experts = moecore.Experts(
+        cast["w13"], cast["w2"], order="gate_up", w13_bias=cast["b13"], w2_bias=cast["b2"]
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (T, T - 1, 1):
+            args = (layer["logits"][:tokens], cast["x"][:tokens], experts)
+            assert torch.equal(compiled(*args), forward(*args))
+
+
+def test_compile_with_inductor(layer: dict[str, Any]) -> None:
+    experts = moecore.Experts(layer["w13"], layer["w2"], order="gate_up", w13_bias=layer["b13"], w2_bias=layer["b2"])
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True)
+    with torch.no_grad():
+        args = (layer["logits"], layer["x"], experts)
+        torch.testing.assert_close(compiled(*args), forward(*args))
+
+
+def test_compile_writes_out_arguments(layer: dict[str, Any]) -> None:
+    def f(x: Any, plan: Any, out: Any) -> Any:
+        moecore.permute(x, plan, out=out)
+        return out * 2
+
+    torch._dynamo.reset()
+    out = torch.zeros(T * K, H)
+    result = torch.compile(f, fullgraph=True, backend="aot_eager")(layer["x"], layer["plan"], out)
+    assert torch.equal(out, moecore.permute(layer["x"], layer["plan"]))
+    assert torch.equal(result, out * 2)
+
+
+def test_compile_without_importing_torch_ops_first() -> None:
+    code = (
+        "import moecore, torch\n"
+        "f = torch.compile(lambda x, m: moecore.shuffle_rows(x, m), fullgraph=True, backend='eager')\n"
+        "print(f(torch.arange(6.).reshape(3, 2), torch.tensor([2, -1])).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[4.0, 5.0], [0.0, 0.0]]"
+
+
+def test_gradients_are_refused(layer: dict[str, Any]) -> None:
+    import moecore.torch
+
+    x = layer["x"].clone().requires_grad_()
+    experts = moecore.Experts(layer["w13"].requires_grad_(), layer["w2"], order="gate_up")
+    with pytest.raises(RuntimeError, match=r"^permute: an input requires grad.*torch\.no_grad\(\)"):
+        moecore.permute(x, layer["plan"])
+    with pytest.raises(RuntimeError, match=r"^fused_experts: an input requires grad"):
+        moecore.fused_experts(layer["x"], layer["weights"], layer["ids"], experts)
+    with pytest.raises(RuntimeError, match=r"^shuffle_rows: an input requires grad"):
+        torch.ops.moecore.shuffle_rows(x, layer["ids"][:, 0].contiguous())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="an input requires grad"):
+        torch.compile(lambda y: moecore.permute(y, layer["plan"]), fullgraph=True)(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            moecore.permute(x, layer["plan"])
+            torch.ops.moecore.shuffle_rows(x, layer["ids"][:, 0].contiguous())
+
+
+def test_parameters_and_subclasses_are_tensors(layer: dict[str, Any]) -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        expected = moecore.permute(layer["x"], layer["plan"])
+        assert torch.equal(moecore.permute(torch.nn.Parameter(layer["x"]), layer["plan"]), expected)
+        assert torch.equal(moecore.permute(layer["x"].as_subclass(Mine), layer["plan"]), expected)
+
+
+def test_workspace_of_the_caller(layer: dict[str, Any]) -> None:
+    experts = moecore.Experts(layer["w13"], layer["w2"], order="gate_up")
+    size = experts.workspace_bytes(T, K)
+    args = (layer["x"], layer["weights"], layer["ids"], experts)
+    expected = moecore.fused_experts(*args)
+    for skip in (0, 1, 77):  # at any alignment, and nothing outside it is touched
+        memory = torch.full((size + skip + 64,), 0x5A, dtype=torch.uint8)
+        out = moecore.fused_experts(*args, workspace=memory[skip : skip + size])
+        assert torch.equal(out, expected)
+        assert (memory[:skip] == 0x5A).all()
+        assert (memory[skip + size :] == 0x5A).all()
+
+
+def test_threads_run_side_by_side(layer: dict[str, Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    experts = moecore.Experts(layer["w13"], layer["w2"], order="gate_up")
+    inputs = [torch.randn(T, H) for _ in range(16)]
+    expected = [moecore.fused_experts(x, layer["weights"], layer["ids"], experts) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            got = pool.map(lambda x: moecore.fused_experts(x, layer["weights"], layer["ids"], experts), inputs)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_conjugate_and_numpy_agree(layer: dict[str, Any]) -> None:
+    plan = moecore.plan(layer["ids"].numpy(), E)
+    assert isinstance(plan.row_token, np.ndarray)
+    np.testing.assert_array_equal(plan.row_token, layer["plan"].row_token.numpy())
