@@ -1,0 +1,133 @@
+"""The command line: ``python -m moecore`` or ``moecore``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import moecore
+from moecore.models import MODELS
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failed check, 2 for a bad request."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.cmake_dir or args.include_dir:
+        path = moecore.cmake_dir() if args.cmake_dir else moecore.include_dir()
+        if path is None:
+            return _fail("this moecore is a source tree without the C++ package; install it: pip install .")
+        print(path)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    run = {"demo": _demo, "show-config": _show_config, "collect-env": _collect_env, "explain": _explain}
+    return run[args.command](args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moecore", description="The Mixture-of-Experts data path on CPU and CUDA."
+    )
+    parser.add_argument("--version", action="version", version=f"moecore {moecore.__version__}")
+    parser.add_argument(
+        "--cmake-dir", action="store_true", help="print the directory of moecore-config.cmake"
+    )
+    parser.add_argument("--include-dir", action="store_true", help="print the directory of the C++ headers")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+
+    layer = argparse.ArgumentParser(add_help=False)
+    layer.add_argument(
+        "--model", choices=MODELS, default="qwen3-30b-a3b", help="whose expert layer (%(default)s)"
+    )
+    layer.add_argument(
+        "--tokens", type=_natural, default=64, metavar="T", help="tokens in the batch (%(default)s)"
+    )
+    layer.add_argument(
+        "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of weights and activations"
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[layer],
+        help="run one full-size expert layer, time its stages, check the result against float64",
+        description="Runs one full-size expert layer with random weights on the best device: stage by stage "
+        "through the public ops, then fused. Prints time, GB/s, GFLOP/s and the share of the measured roof "
+        "of every stage, and checks sampled tokens against a float64 computation.",
+    )
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    demo.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="keep this share of the weights: fewer experts, then narrower ones",
+    )
+    demo.add_argument("--threads", type=_natural, default=0, help="CPU threads; 0 takes every available CPU")
+
+    commands.add_parser("show-config", help="print what this build and this machine offer")
+    commands.add_parser("collect-env", help="print what a bug report should contain")
+
+    explain = commands.add_parser(
+        "explain",
+        parents=[layer],
+        help="print which kernel an op would take and why",
+        description="Prints which kernel and policy an op takes for the shapes of a model's expert layer, "
+        "and why. Nothing runs.",
+    )
+    explain.add_argument("op", choices=moecore.OPS, metavar="OP", help=", ".join(moecore.OPS))
+    explain.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from moecore import demo
+    except ModuleNotFoundError as error:
+        return _fail(f"the demo needs {error.name}: pip install {error.name}")
+    try:
+        return demo.run(args.model, args.tokens, args.dtype, args.device, args.scale, args.threads)
+    except (demo.DemoError, ValueError) as error:
+        return _fail(str(error))
+
+
+def _show_config(args: argparse.Namespace) -> int:
+    del args
+    moecore.show_config()
+    return 0
+
+
+def _collect_env(args: argparse.Namespace) -> int:
+    del args
+    from moecore.collect_env import collect_env
+
+    print(collect_env())
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    try:
+        from moecore import demo
+        from moecore._arrays import DeviceMissingError
+    except ModuleNotFoundError as error:
+        return _fail(f"explain needs {error.name}: pip install {error.name}")
+    try:
+        print(demo.explain(args.op, args.model, args.tokens, args.dtype, args.device), end="")
+    except (DeviceMissingError, NotImplementedError, moecore.BackendError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"moecore: {message}", file=sys.stderr)
+    return 2

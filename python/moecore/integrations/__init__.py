@@ -1,0 +1,1 @@
+"""moecore inside other frameworks. Modules are imported on request."""
