@@ -60,9 +60,9 @@ template <class Wrong, class Expectation>
       actual, ref,
       [&](std::int64_t i) {
         const double a = actual[i], e = ref[i], b = bound[i];
-        if (std::isnan(b)) return true;
         if (std::isnan(e) || std::isnan(a)) return std::isnan(e) != std::isnan(a);
         if (std::isinf(e)) return a != e;
+        if (std::isnan(b)) return true;
         return !(oracle::round_to(dtype, e - b) <= a && a <= oracle::round_to(dtype, e + b));
       },
       [&](std::int64_t i) {

@@ -30,6 +30,10 @@ void OnDeviceDType::SetUp() {
   if (const std::string why = why_not(device()); !why.empty()) GTEST_SKIP() << why;
 }
 
+std::ostream& operator<<(std::ostream& out, const DeviceDType& param) {
+  return out << name(param.dtype) << " on " << to_string(param.device);
+}
+
 std::vector<Device> devices() {
   return {{DeviceType::kCPU, 0}, {DeviceType::kCUDA, 0}};
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,7 @@ struct DeviceDType {
   Device device;
   DType dtype;
 };
+std::ostream& operator<<(std::ostream& out, const DeviceDType& param);
 class OnDeviceDType : public ::testing::TestWithParam<DeviceDType> {
  protected:
   void SetUp() override;
