@@ -12,18 +12,19 @@
 namespace moecore::test {
 namespace {
 
-constexpr ActivationKind kKinds[] = {ActivationKind::kSilu,  ActivationKind::kGelu,  ActivationKind::kGeluTanh,
-                                     ActivationKind::kQuickGelu, ActivationKind::kRelu, ActivationKind::kRelu2,
-                                     ActivationKind::kSwigluOai};
-constexpr GateOrder kOrders[] = {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain};
+constexpr ActivationKind kKinds[] = {
+    ActivationKind::kSilu, ActivationKind::kGelu,  ActivationKind::kGeluTanh, ActivationKind::kQuickGelu,
+    ActivationKind::kRelu, ActivationKind::kRelu2, ActivationKind::kSwigluOai};
+constexpr GateOrder kOrders[] = {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved,
+                                 GateOrder::kPlain};
 
 class Activate : public OnDeviceDType {
  protected:
   void expect_activate(const Array& x, const Activation& a, const Place& place = {},
                        std::optional<std::int64_t> num_rows = {}, int num_threads = 0) {
-    SCOPED_TRACE(::testing::Message() << "kind " << static_cast<int>(a.kind) << " order " << static_cast<int>(a.order)
-                                      << " limit " << a.limit << " x [" << x.shape[0] << "," << x.shape[1] << "] "
-                                      << place.name);
+    SCOPED_TRACE(::testing::Message()
+                 << "kind " << static_cast<int>(a.kind) << " order " << static_cast<int>(a.order) << " limit "
+                 << a.limit << " x [" << x.shape[0] << "," << x.shape[1] << "] " << place.name);
     const std::int64_t rows = x.shape[0], inter = a.gated() ? x.shape[1] / 2 : x.shape[1];
     const Tensor x_tensor(device(), dtype(), x, place);
     Tensor out(device(), dtype(), {rows, inter}, place);
@@ -49,7 +50,8 @@ TEST_P(Activate, EveryKindOrderAndWidth) {
         const std::int64_t width = order == GateOrder::kPlain ? inter : 2 * inter;
         Activation a{.kind = kind, .order = order};
         if (kind == ActivationKind::kSwigluOai) a = Activation::gpt_oss(order);
-        for (const Place& place : places(dtype())) expect_activate(random.floats({5, width}, dtype(), -9, 9), a, place);
+        for (const Place& place : places(dtype()))
+          expect_activate(random.floats({5, width}, dtype(), -9, 9), a, place);
       }
 }
 
@@ -65,7 +67,8 @@ TEST_P(Activate, AlphaBetaAndLimit) {
 
 TEST_P(Activate, WideAndNarrowInputs) {
   // From the smallest magnitudes to the largest, where exp overflows and underflows.
-  std::vector<double> magnitudes = {0.0, 0x1p-24, 0x1p-14, 1e-3, 0.5, 1, 5, 10, 20, 60, 87, 88, 89, 100, 104, 1000, 60000};
+  std::vector<double> magnitudes = {0.0, 0x1p-24, 0x1p-14, 1e-3, 0.5, 1,   5,    10,   20,
+                                    60,  87,      88,      89,   100, 104, 1000, 60000};
   if (dtype() != DType::kF16) magnitudes.insert(magnitudes.end(), {1e-30, 1e-38, 1e10, 1e18});
   std::vector<double> row;
   for (double m : magnitudes)

@@ -86,11 +86,11 @@ TEST(CompareWithin, FlagsShapes) {
 
 TEST(OracleFormats, KnownBitPatterns) {
   EXPECT_EQ(oracle::encode(DType::kBF16, 1.0), 0x3F80u);
-  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 0x1p-8), 0x3F80u);          // tie to even
-  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 3 * 0x1p-8), 0x3F82u);      // tie to even, upwards
-  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 0x1.00001p-8), 0x3F81u);    // just above the tie
+  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 0x1p-8), 0x3F80u);        // tie to even
+  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 3 * 0x1p-8), 0x3F82u);    // tie to even, upwards
+  EXPECT_EQ(oracle::encode(DType::kBF16, 1.0 + 0x1.00001p-8), 0x3F81u);  // just above the tie
   EXPECT_EQ(oracle::encode(DType::kBF16, 3.4e38), 0x7F80u);
-  EXPECT_EQ(oracle::encode(DType::kBF16, 0x1p-133), 0x0001u);              // smallest subnormal
+  EXPECT_EQ(oracle::encode(DType::kBF16, 0x1p-133), 0x0001u);  // smallest subnormal
   EXPECT_EQ(oracle::encode(DType::kBF16, 0x1p-134), 0x0000u);
   EXPECT_EQ(oracle::encode(DType::kBF16, -0.0), 0x8000u);
   EXPECT_EQ(oracle::encode(DType::kF16, 65504), 0x7BFFu);

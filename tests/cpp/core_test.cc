@@ -23,7 +23,8 @@ TEST(CoreDType, Widths) {
   EXPECT_EQ(bit_width(DType::kE2M1), 4);
   for (DType d : {DType::kE4M3, DType::kE5M2, DType::kE8M0, DType::kU8, DType::kI8, DType::kBool})
     EXPECT_EQ(bit_width(d), 8) << name(d);
-  for (DType d : {DType::kF16, DType::kBF16, DType::kI16, DType::kU16}) EXPECT_EQ(bit_width(d), 16) << name(d);
+  for (DType d : {DType::kF16, DType::kBF16, DType::kI16, DType::kU16})
+    EXPECT_EQ(bit_width(d), 16) << name(d);
   for (DType d : {DType::kF32, DType::kI32, DType::kU32}) EXPECT_EQ(bit_width(d), 32) << name(d);
   for (DType d : {DType::kI64, DType::kU64, DType::kF64, DType::kC64}) EXPECT_EQ(bit_width(d), 64) << name(d);
   EXPECT_EQ(bit_width(DType::kC128), 128);
@@ -55,7 +56,8 @@ TEST(CoreTensorView, DenseIgnoresStridesOfSingleElements) {
 }
 
 TEST(CoreTensorView, DescribesItself) {
-  TensorView v = TensorView::dense(static_cast<void*>(nullptr), DType::kBF16, {16, 7168}, {DeviceType::kCUDA, 1});
+  TensorView v =
+      TensorView::dense(static_cast<void*>(nullptr), DType::kBF16, {16, 7168}, {DeviceType::kCUDA, 1});
   EXPECT_EQ(v.describe(), "bf16[16,7168] cuda:1");
   v.device = {};
   v.strides[0] = 8000;

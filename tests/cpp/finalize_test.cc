@@ -42,9 +42,10 @@ class Finalize : public OnDeviceDType {
     expect_bits(c, rows, slots, weights, residual);
   }
 
-  void expect_bits(const FinalizeCase& c, const Array& rows, const Array& slots, const std::optional<Array>& weights,
-                   const std::optional<Array>& residual) {
-    const Tensor rows_tensor(device(), dtype(), rows, c.place), slot_tensor(device(), c.slot_type, slots, c.place);
+  void expect_bits(const FinalizeCase& c, const Array& rows, const Array& slots,
+                   const std::optional<Array>& weights, const std::optional<Array>& residual) {
+    const Tensor rows_tensor(device(), dtype(), rows, c.place),
+        slot_tensor(device(), c.slot_type, slots, c.place);
     std::optional<Tensor> weight_tensor, residual_tensor;
     FinalizeOptions options{.cast_weights = c.cast_weights};
     if (weights) {
@@ -56,8 +57,10 @@ class Finalize : public OnDeviceDType {
       options.residual = residual_tensor->read_only();
     }
     Tensor out(device(), dtype(), {c.num_tokens, c.hidden}, c.place);
-    finalize(rows_tensor.read_only(), slot_tensor.read_only(), out, options, Call(device(), 0, c.num_threads));
-    EXPECT_TRUE(equal(out.get(), oracle::finalize(rows, slots, c.hidden, dtype(), weights, c.cast_weights, residual)));
+    finalize(rows_tensor.read_only(), slot_tensor.read_only(), out, options,
+             Call(device(), 0, c.num_threads));
+    EXPECT_TRUE(equal(out.get(),
+                      oracle::finalize(rows, slots, c.hidden, dtype(), weights, c.cast_weights, residual)));
     EXPECT_TRUE(out.surroundings_intact());
   }
 };
@@ -71,18 +74,21 @@ TEST_P(Finalize, AnyWidth) {
 TEST_P(Finalize, AnyTopKAndTokenCount) {
   for (std::int64_t top_k : {0, 1, 2, 3, 4, 5, 6, 8, 10, 16, 17, 64, 65, 129})
     for (std::int64_t num_tokens : {0, 1, 7, 33})
-      expect_finalize({.num_tokens = num_tokens, .top_k = top_k, .num_rows = 50, .hidden = 40, .rows_width = 40});
+      expect_finalize(
+          {.num_tokens = num_tokens, .top_k = top_k, .num_rows = 50, .hidden = 40, .rows_width = 40});
   expect_finalize({.num_tokens = 1000, .top_k = 8, .num_rows = 8000, .hidden = 72, .rows_width = 72});
 }
 
 TEST_P(Finalize, PaddedRowsToUnpaddedOutput) {
-  for (auto [hidden, width] : {std::pair<std::int64_t, std::int64_t>{2880, 3072}, {1, 64}, {63, 64}, {0, 8}, {360, 384}})
-    for (const Place& place : places(dtype())) expect_finalize({.hidden = hidden, .rows_width = width, .place = place});
+  for (auto [hidden, width] :
+       {std::pair<std::int64_t, std::int64_t>{2880, 3072}, {1, 64}, {63, 64}, {0, 8}, {360, 384}})
+    for (const Place& place : places(dtype()))
+      expect_finalize({.hidden = hidden, .rows_width = width, .place = place});
 }
 
 TEST_P(Finalize, EveryWeightTypeAndCast) {
-  for (std::optional<DType> weight_type :
-       {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{DType::kF16}, std::optional{DType::kBF16}})
+  for (std::optional<DType> weight_type : {std::optional<DType>{}, std::optional{DType::kF32},
+                                           std::optional{DType::kF16}, std::optional{DType::kBF16}})
     for (bool cast : {false, true})
       for (std::int64_t top_k : {1, 2, 7, 8})
         for (const Place& place : places(dtype()))
@@ -98,7 +104,8 @@ TEST_P(Finalize, AddsTheResidualLast) {
   for (std::int64_t top_k : {0, 1, 8})
     for (std::int64_t hidden : {1, 64, 129})
       for (const Place& place : places(dtype()))
-        expect_finalize({.top_k = top_k, .hidden = hidden, .rows_width = hidden + 3, .residual = true, .place = place});
+        expect_finalize(
+            {.top_k = top_k, .hidden = hidden, .rows_width = hidden + 3, .residual = true, .place = place});
 }
 
 TEST_P(Finalize, TakesI64Slots) {
@@ -106,7 +113,12 @@ TEST_P(Finalize, TakesI64Slots) {
   // Slots whose low 32 bits would be valid rows.
   Array slots({1, 4}, {4294967296.0, 1, -4294967295.0, 0});
   const Array rows = Random(1).floats({4, 8}, dtype());
-  expect_bits({.num_tokens = 1, .num_rows = 4, .hidden = 8, .rows_width = 8, .weight_type = {}, .slot_type = DType::kI64},
+  expect_bits({.num_tokens = 1,
+               .num_rows = 4,
+               .hidden = 8,
+               .rows_width = 8,
+               .weight_type = {},
+               .slot_type = DType::kI64},
               rows, slots, {}, {});
 }
 
@@ -137,8 +149,8 @@ TEST_P(Finalize, CarriesNaNInfinityAndOverflow) {
   const double big = dtype() == DType::kF16 ? 65504 : oracle::round_to(dtype(), 3e38);
   const Array rows({6, 2}, {nan, 1, inf, 2, -inf, 3, big, big, -0.0, -0.0, big, -big});
   for (std::vector<double> pair : {std::vector<double>{0, 1}, {1, 2}, {1, 1}, {3, 3}, {4, 4}, {3, 5}, {2, 3}})
-    expect_bits({.num_tokens = 1, .top_k = 2, .num_rows = 6, .hidden = 2, .rows_width = 2}, rows, Array({1, 2}, pair),
-                Array({1, 2}, {1.0, 1.0}), {});
+    expect_bits({.num_tokens = 1, .top_k = 2, .num_rows = 6, .hidden = 2, .rows_width = 2}, rows,
+                Array({1, 2}, pair), Array({1, 2}, {1.0, 1.0}), {});
 }
 
 TEST_P(Finalize, SumsInSlotOrder) {
@@ -151,8 +163,8 @@ TEST_P(Finalize, SumsInSlotOrder) {
   }());
   const Array weights({1, 3}, {4096.0, 4096.0, 1.0});
   for (std::vector<double> order : {std::vector<double>{0, 1, 2}, {0, 2, 1}, {2, 0, 1}})
-    expect_bits({.num_tokens = 1, .top_k = 3, .num_rows = 3, .hidden = 8, .rows_width = 8}, rows, Array({1, 3}, order),
-                weights, {});
+    expect_bits({.num_tokens = 1, .top_k = 3, .num_rows = 3, .hidden = 8, .rows_width = 8}, rows,
+                Array({1, 3}, order), weights, {});
 }
 
 TEST_P(Finalize, BitsDoNotDependOnBatchOrThreads) {

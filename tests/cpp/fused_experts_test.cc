@@ -1,5 +1,5 @@
-// fused_experts: bit for bit the composition of the public ops, and close to the layer's definition in double.
-// transpose_experts: exact.
+// fused_experts: bit for bit the composition of the public ops, and close to the layer's definition in
+// double. transpose_experts: exact.
 
 #include "moecore/fused_experts.h"
 
@@ -35,10 +35,11 @@ struct LayerCase {
   std::int64_t num_experts() const { return num_local.value_or(routing.num_experts); }
 
   friend std::ostream& operator<<(std::ostream& out, const LayerCase& c) {
-    return out << c.routing << " H=" << c.hidden << " I=" << c.inter << " kind " << static_cast<int>(c.activation.kind)
-               << " order " << static_cast<int>(c.activation.order) << (c.bias ? " bias" : "")
-               << (c.weight_on_input ? " weight on input" : "") << (c.residual ? " residual" : "")
-               << (c.expert_map ? " map" : "") << " first " << c.first_expert << " " << c.place.name;
+    return out << c.routing << " H=" << c.hidden << " I=" << c.inter << " kind "
+               << static_cast<int>(c.activation.kind) << " order " << static_cast<int>(c.activation.order)
+               << (c.bias ? " bias" : "") << (c.weight_on_input ? " weight on input" : "")
+               << (c.residual ? " residual" : "") << (c.expert_map ? " map" : "") << " first "
+               << c.first_expert << " " << c.place.name;
   }
 };
 
@@ -58,7 +59,8 @@ struct Layer {
       : x(random.floats({c.routing.num_tokens, c.hidden}, dtype)),
         weights(random.floats({c.routing.num_tokens, c.routing.top_k}, c.weight_type, 0, 1)),
         ids(c.routing.ids()),
-        w13(random.floats({c.num_experts(), c.activation.gated() ? 2 * c.inter : c.inter, c.hidden}, dtype, -0.3, 0.3)),
+        w13(random.floats({c.num_experts(), c.activation.gated() ? 2 * c.inter : c.inter, c.hidden}, dtype,
+                          -0.3, 0.3)),
         w2(random.floats({c.num_experts(), c.hidden, c.inter}, dtype, -0.3, 0.3)),
         x_tensor(device, dtype, x, c.place),
         weight_tensor(device, c.weight_type, weights),
@@ -86,7 +88,8 @@ struct Layer {
     return t ? std::optional(t->read_only()) : std::nullopt;
   }
   Experts experts(const Activation& activation) const {
-    return {w13_tensor.read_only(), w2_tensor.read_only(), view(w13_bias_tensor), view(w2_bias_tensor), activation};
+    return {w13_tensor.read_only(), w2_tensor.read_only(), view(w13_bias_tensor), view(w2_bias_tensor),
+            activation};
   }
 };
 
@@ -96,8 +99,8 @@ class FusedExperts : public OnDeviceDType {
     const RoutingCase& r = c.routing;
     Tensor out(device(), dtype(), {r.num_tokens, c.hidden}, c.place);
     const Call call(device(),
-                    fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter, dtype(),
-                                                  device()),
+                    fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter,
+                                                  dtype(), device()),
                     num_threads);
     fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
                   layer.experts(c.activation), out,
@@ -113,7 +116,9 @@ class FusedExperts : public OnDeviceDType {
 
   Array compose(const LayerCase& c, const Layer& layer) {
     const std::int64_t t = c.routing.num_tokens, k = c.routing.top_k, e = c.num_experts(), rows = t * k;
-    auto i32 = [&](std::vector<std::int64_t> shape) { return Tensor(device(), DType::kI32, std::move(shape)); };
+    auto i32 = [&](std::vector<std::int64_t> shape) {
+      return Tensor(device(), DType::kI32, std::move(shape));
+    };
     Tensor offsets = i32({e + 1}), scales = i32({e + 1}), row_token = i32({rows}), slot_row = i32({t, k}),
            row_route = i32({rows});
     plan(layer.id_tensor.read_only(), {offsets, scales, row_token, slot_row, row_route},
@@ -133,8 +138,9 @@ class FusedExperts : public OnDeviceDType {
     }
     auto gemm = [&](const TensorView& a, const Tensor& b, Tensor& to, const GroupedGemmOptions& options) {
       const TensorView w = b.view();
-      grouped_gemm(a, b.read_only(), offsets.read_only(), to, options,
-                   Call(device(), grouped_gemm_workspace_bytes(rows, w.shape[1], w.shape[2], e, dtype(), device())));
+      grouped_gemm(
+          a, b.read_only(), offsets.read_only(), to, options,
+          Call(device(), grouped_gemm_workspace_bytes(rows, w.shape[1], w.shape[2], e, dtype(), device())));
     };
     Tensor inter_rows(device(), dtype(), {rows, c.inter}), out_rows(device(), dtype(), {rows, c.hidden}),
         out(device(), dtype(), {t, c.hidden});
@@ -150,12 +156,14 @@ class FusedExperts : public OnDeviceDType {
   Bounded reference(const LayerCase& c, const Layer& layer) {
     const std::int64_t t = c.routing.num_tokens, k = c.routing.top_k, rows = t * k;
     const oracle::PlanResult p = oracle::plan(
-        layer.ids, {.num_experts = c.num_experts(), .expert_map = c.expert_map, .first_expert = c.first_expert});
+        layer.ids,
+        {.num_experts = c.num_experts(), .expert_map = c.expert_map, .first_expert = c.first_expert});
     oracle::GemmSpec gemm1{.bias = layer.w13_bias, .row_token = p.row_token, .activation = c.activation};
     if (c.weight_on_input) {
       gemm1.row_weights = Array({rows});
       for (std::int64_t r = 0; r < rows; ++r)
-        if (p.row_route[r] >= 0) (*gemm1.row_weights)[r] = layer.weights[static_cast<std::int64_t>(p.row_route[r])];
+        if (p.row_route[r] >= 0)
+          (*gemm1.row_weights)[r] = layer.weights[static_cast<std::int64_t>(p.row_route[r])];
     }
     const double u = roundoff(dtype());
     auto after_rounding = [&](Bounded& b) {
@@ -164,7 +172,8 @@ class FusedExperts : public OnDeviceDType {
     };
     Bounded inter = oracle::grouped_gemm(layer.x, layer.w13, p.expert_offsets, rows, gemm1);
     after_rounding(inter);
-    Bounded outer = oracle::grouped_gemm(inter.value, layer.w2, p.expert_offsets, rows, {.bias = layer.w2_bias});
+    Bounded outer =
+        oracle::grouped_gemm(inter.value, layer.w2, p.expert_offsets, rows, {.bias = layer.w2_bias});
     Array magnitude = layer.w2;
     for (double& v : magnitude.values) v = std::fabs(v);
     const Bounded carried = oracle::grouped_gemm(inter.bound, magnitude, p.expert_offsets, rows, {});
@@ -211,7 +220,8 @@ TEST_P(FusedExperts, AnyRouting) {
 TEST_P(FusedExperts, EveryActivation) {
   for (ActivationKind kind : {ActivationKind::kSilu, ActivationKind::kGelu, ActivationKind::kGeluTanh,
                               ActivationKind::kQuickGelu, ActivationKind::kRelu, ActivationKind::kRelu2})
-    for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain})
+    for (GateOrder order :
+         {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain})
       expect_layer({.routing = {9, 2, 5}, .activation = {.kind = kind, .order = order}});
   for (GateOrder order : {GateOrder::kGateUp, GateOrder::kInterleaved})
     expect_layer({.routing = {9, 2, 5}, .activation = Activation::gpt_oss(order), .bias = dtype()});
@@ -227,8 +237,10 @@ TEST_P(FusedExperts, BiasResidualAndWeightTypes) {
   for (DType weight_type : float_types())
     for (DType id_type : {DType::kI32, DType::kI64})
       for (bool residual : {false, true})
-        for (std::optional<DType> bias : {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}}) {
-          LayerCase c{.routing = {10, 2, 4, Routing::kInvalid}, .weight_type = weight_type, .id_type = id_type};
+        for (std::optional<DType> bias :
+             {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}}) {
+          LayerCase c{
+              .routing = {10, 2, 4, Routing::kInvalid}, .weight_type = weight_type, .id_type = id_type};
           c.residual = residual;
           c.bias = bias;
           expect_layer(c);
@@ -236,7 +248,8 @@ TEST_P(FusedExperts, BiasResidualAndWeightTypes) {
 }
 
 TEST_P(FusedExperts, RouterWeightOnTheInput) {
-  for (const RoutingCase& routing : {RoutingCase{12, 1, 4}, {12, 2, 4}, {20, 3, 6, Routing::kInvalid}, {0, 1, 2}})
+  for (const RoutingCase& routing :
+       {RoutingCase{12, 1, 4}, {12, 2, 4}, {20, 3, 6, Routing::kInvalid}, {0, 1, 2}})
     for (DType weight_type : float_types()) {
       LayerCase c{.routing = routing, .weight_type = weight_type, .weight_on_input = true};
       expect_layer(c);
@@ -258,8 +271,8 @@ TEST_P(FusedExperts, LocalExpertsOnly) {
 }
 
 TEST_P(FusedExperts, ShardsAddUpToTheLayer) {
-  // Expert parallelism: with weights that are powers of two and f32 sums of few terms, the parts of the experts
-  // give what the whole gives, up to the rounding of the final additions.
+  // Expert parallelism: with weights that are powers of two and f32 sums of few terms, the parts of the
+  // experts give what the whole gives, up to the rounding of the final additions.
   const LayerCase whole{.routing = {25, 4, 8}};
   const Layer layer(whole, device(), dtype(), Random(17));
   const Bounded expected = reference(whole, layer);
@@ -273,10 +286,10 @@ TEST_P(FusedExperts, ShardsAddUpToTheLayer) {
       return v;
     };
     Tensor out(device(), dtype(), {25, whole.hidden});
-    fused_experts(
-        layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
-        {slice(layer.w13_tensor), slice(layer.w2_tensor)}, out, {.first_expert = first},
-        Call(device(), fused_experts_workspace_bytes(25, 4, count, whole.hidden, whole.inter, dtype(), device())));
+    fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
+                  {slice(layer.w13_tensor), slice(layer.w2_tensor)}, out, {.first_expert = first},
+                  Call(device(), fused_experts_workspace_bytes(25, 4, count, whole.hidden, whole.inter,
+                                                               dtype(), device())));
     const Array part = out.get();
     for (std::int64_t i = 0; i < part.size(); ++i) {
       sum.value[i] += part[i];
@@ -294,7 +307,8 @@ TEST_P(FusedExperts, BitsDoNotDependOnThreadsOrRepeats) {
   for (int threads : {1, 2, 5}) EXPECT_TRUE(equal(run(c, layer, threads), first)) << threads << " threads";
 }
 
-INSTANTIATE_TEST_SUITE_P(, FusedExperts, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);
+INSTANTIATE_TEST_SUITE_P(, FusedExperts, ::testing::ValuesIn(devices_times(float_types())),
+                         device_dtype_name);
 
 std::vector<DType> transposable_types() {
   std::vector<DType> types;
@@ -308,7 +322,8 @@ class TransposeExperts : public OnDeviceDType {};
 TEST_P(TransposeExperts, MovesEveryElement) {
   const auto size = static_cast<std::size_t>(bit_width(dtype())) / 8;
   for (std::int64_t e : {0, 1, 3})
-    for (auto [rows, cols] : {std::pair<std::int64_t, std::int64_t>{1, 1}, {5, 3}, {16, 64}, {33, 129}, {0, 7}, {7, 0}})
+    for (auto [rows, cols] :
+         {std::pair<std::int64_t, std::int64_t>{1, 1}, {5, 3}, {16, 64}, {33, 129}, {0, 7}, {7, 0}})
       for (const Place& place : places(dtype())) {
         SCOPED_TRACE(::testing::Message() << e << "x" << rows << "x" << cols << " " << place.name);
         Tensor src(device(), dtype(), {e, rows, cols}, place), dst(device(), dtype(), {e, cols, rows}, place);

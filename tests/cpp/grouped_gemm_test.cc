@@ -1,5 +1,5 @@
-// grouped_gemm: exact on small integers (so an index error cannot hide in a tolerance), within the derived bound
-// on random values, with every fused option.
+// grouped_gemm: exact on small integers (so an index error cannot hide in a tolerance), within the derived
+// bound on random values, with every fused option.
 
 #include "moecore/grouped_gemm.h"
 
@@ -28,7 +28,8 @@ struct GemmCase {
     out << "counts";
     for (std::int64_t n : c.counts) out << " " << n;
     return out << " N=" << c.n << " K=" << c.k << (c.gather ? " gather" : "") << (c.bias ? " bias" : "")
-               << (c.row_weights ? " row_weights" : "") << (c.activation ? " activation" : "") << " " << c.place.name;
+               << (c.row_weights ? " row_weights" : "") << (c.activation ? " activation" : "") << " "
+               << c.place.name;
   }
 };
 
@@ -44,9 +45,11 @@ class GroupedGemm : public OnDeviceDType {
     for (std::int64_t e = 0; e < num_experts; ++e)
       offsets[e + 1] = offsets[e] + static_cast<double>(c.counts[static_cast<std::size_t>(e)]);
     const auto live = static_cast<std::int64_t>(offsets[num_experts]);
-    const std::int64_t num_rows = live + c.spare_rows, x_rows = c.gather ? std::max<std::int64_t>(1, live / 2 + 1) : num_rows;
+    const std::int64_t num_rows = live + c.spare_rows,
+                       x_rows = c.gather ? std::max<std::int64_t>(1, live / 2 + 1) : num_rows;
     auto values = [&](std::vector<std::int64_t> shape, DType type) {
-      return kind == Values::kIntegers ? random.integers(std::move(shape), -3, 3) : random.floats(std::move(shape), type);
+      return kind == Values::kIntegers ? random.integers(std::move(shape), -3, 3)
+                                       : random.floats(std::move(shape), type);
     };
     Array x = values({x_rows, c.k}, dtype()), weights = values({num_experts, c.n, c.k}, dtype());
     // What must not be read is NaN: rows behind the offsets and the weights of experts without rows.
@@ -68,7 +71,8 @@ class GroupedGemm : public OnDeviceDType {
     }
     if (c.gather) {
       spec.row_token = Array({num_rows}, -1);
-      for (std::int64_t r = 0; r < live; ++r) (*spec.row_token)[r] = static_cast<double>(random.below(x_rows));
+      for (std::int64_t r = 0; r < live; ++r)
+        (*spec.row_token)[r] = static_cast<double>(random.below(x_rows));
       row_token.emplace(device(), DType::kI32, *spec.row_token);
       options.row_token = row_token->read_only();
     }
@@ -79,9 +83,11 @@ class GroupedGemm : public OnDeviceDType {
     }
     const std::int64_t width = c.activation && c.activation->gated() ? c.n / 2 : c.n;
     Tensor out(device(), dtype(), {num_rows, width}, c.place);
-    const Call call(device(), grouped_gemm_workspace_bytes(num_rows, c.n, c.k, num_experts, dtype(), device()),
+    const Call call(device(),
+                    grouped_gemm_workspace_bytes(num_rows, c.n, c.k, num_experts, dtype(), device()),
                     c.num_threads);
-    grouped_gemm(x_tensor.read_only(), weight_tensor.read_only(), offset_tensor.read_only(), out, options, call);
+    grouped_gemm(x_tensor.read_only(), weight_tensor.read_only(), offset_tensor.read_only(), out, options,
+                 call);
 
     Bounded expected = oracle::grouped_gemm(x, weights, offsets, num_rows, spec);
     // Every product and every partial sum is an integer below 2^24: only the output's rounding is left.
@@ -114,12 +120,14 @@ TEST_P(GroupedGemm, ExactOnIntegersForAnyLayout) {
   for (const Place& place : places(dtype()))
     for (bool gather : {false, true})
       for (std::int64_t k : {1, 9, 64, 96})
-        expect_gemm({.counts = {2, 9, 0, 33}, .n = 37, .k = k, .spare_rows = 3, .gather = gather, .place = place},
-                    Values::kIntegers);
+        expect_gemm(
+            {.counts = {2, 9, 0, 33}, .n = 37, .k = k, .spare_rows = 3, .gather = gather, .place = place},
+            Values::kIntegers);
 }
 
 TEST_P(GroupedGemm, RandomWithinTheBound) {
-  for (auto [n, k] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {96, 256}, {130, 1000}, {256, 2048}, {33, 4100}})
+  for (auto [n, k] :
+       {std::pair<std::int64_t, std::int64_t>{64, 64}, {96, 256}, {130, 1000}, {256, 2048}, {33, 4100}})
     expect_gemm({.counts = {1, 0, 4, 40}, .n = n, .k = k}, Values::kRandom);
   expect_gemm({.counts = {1}, .n = 300, .k = 512}, Values::kRandom);
   expect_gemm({.counts = {64, 64}, .n = 192, .k = 320}, Values::kRandom);
@@ -134,8 +142,10 @@ TEST_P(GroupedGemm, NoDepthGivesTheBias) {
 }
 
 TEST_P(GroupedGemm, BiasAndRowWeights) {
-  for (std::optional<DType> bias : {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
-    for (std::optional<DType> row_weights : {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
+  for (std::optional<DType> bias :
+       {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
+    for (std::optional<DType> row_weights :
+         {std::optional<DType>{}, std::optional{DType::kF32}, std::optional{dtype()}})
       for (bool gather : {false, true})
         for (const Place& place : places(dtype())) {
           GemmCase c{.counts = {1, 6, 0, 21}, .n = 50, .k = 36, .spare_rows = 2, .gather = gather};
@@ -149,15 +159,17 @@ TEST_P(GroupedGemm, BiasAndRowWeights) {
 }
 
 TEST_P(GroupedGemm, FusedActivation) {
-  constexpr ActivationKind kKinds[] = {ActivationKind::kSilu,      ActivationKind::kGelu, ActivationKind::kGeluTanh,
-                                       ActivationKind::kQuickGelu, ActivationKind::kRelu, ActivationKind::kRelu2,
-                                       ActivationKind::kSwigluOai};
+  constexpr ActivationKind kKinds[] = {
+      ActivationKind::kSilu, ActivationKind::kGelu,  ActivationKind::kGeluTanh, ActivationKind::kQuickGelu,
+      ActivationKind::kRelu, ActivationKind::kRelu2, ActivationKind::kSwigluOai};
   for (ActivationKind kind : kKinds)
-    for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain})
+    for (GateOrder order :
+         {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved, GateOrder::kPlain})
       for (std::int64_t n : {2, 34, 96}) {
         Activation a{.kind = kind, .order = order};
         if (kind == ActivationKind::kSwigluOai) a = Activation::gpt_oss(order);
-        GemmCase c{.counts = {1, 5, 0, 18}, .n = n, .k = 40, .spare_rows = 3, .gather = true, .bias = DType::kF32};
+        GemmCase c{
+            .counts = {1, 5, 0, 18}, .n = n, .k = 40, .spare_rows = 3, .gather = true, .bias = DType::kF32};
         c.activation = a;
         expect_gemm(c, Values::kRandom);
         c.counts = {0, 1, 0, 1};
@@ -189,7 +201,8 @@ TEST_P(GroupedGemm, BitsDoNotDependOnThreadsOrRepeats) {
   for (int threads : {1, 2, 5, 1, 3}) {
     Tensor out(device(), dtype(), {num_rows, n});
     grouped_gemm(x, weights, offset_tensor, out, {},
-                 Call(device(), grouped_gemm_workspace_bytes(num_rows, n, k, num_experts, dtype(), device()), threads));
+                 Call(device(), grouped_gemm_workspace_bytes(num_rows, n, k, num_experts, dtype(), device()),
+                      threads));
     if (!first)
       first = out.get();
     else

@@ -26,7 +26,8 @@ TEST_P(Large, ShuffleRowsReadsAndWritesFarRows) {
   const std::vector<double> first = random_row(width), last = random_row(width);
   x.set(0, first);
   x.set((rows - 1) * width, last);
-  shuffle_rows(x, i32(Array({3}, {static_cast<double>(rows - 1), static_cast<double>(rows), 0})), out, Call(device()));
+  shuffle_rows(x, i32(Array({3}, {static_cast<double>(rows - 1), static_cast<double>(rows), 0})), out,
+               Call(device()));
   EXPECT_EQ(out.get(0, width), last);
   EXPECT_EQ(out.get(kFar, width), std::vector<double>(static_cast<std::size_t>(width), 0.0));
   EXPECT_EQ(out.get(2 * kFar, width), first);
@@ -41,7 +42,8 @@ TEST_P(Large, PermuteReadsAndWritesFarRows) {
   const Tensor offsets = i32(p.expert_offsets), scales = i32(p.scale_offsets), row_token = i32(p.row_token),
                slot_row = i32(p.slot_row);
   permute(x, {offsets, scales, row_token, slot_row}, rows, Call(device()));
-  for (std::int64_t r = 0; r < 4; ++r) EXPECT_EQ(rows.get(r * kFar, 256), p.row_token[r] == 0 ? first : second) << r;
+  for (std::int64_t r = 0; r < 4; ++r)
+    EXPECT_EQ(rows.get(r * kFar, 256), p.row_token[r] == 0 ? first : second) << r;
 }
 
 TEST_P(Large, FinalizeReadsAndWritesFarRows) {
@@ -61,8 +63,9 @@ TEST_P(Large, FinalizeReadsAndWritesFarRows) {
   const Array expected =
       oracle::finalize(values, Array({2, 2}, {1, 0, 0, 1}), width, kType, weights, false, {});
   for (std::int64_t t = 0; t < 2; ++t)
-    EXPECT_TRUE(equal(Array({width}, out.get(t * kFar, width)),
-                      Array({width}, {expected.values.begin() + t * width, expected.values.begin() + (t + 1) * width})));
+    EXPECT_TRUE(equal(
+        Array({width}, out.get(t * kFar, width)),
+        Array({width}, {expected.values.begin() + t * width, expected.values.begin() + (t + 1) * width})));
 }
 
 TEST_P(Large, ActivateReadsAndWritesFarRows) {
@@ -80,23 +83,27 @@ TEST_P(Large, GroupedGemmReadsAndWritesFar) {
   const std::int64_t n = 40, k = 128, tokens = kFar / k + 2;
   SparseTensor x(device(), kType, {tokens, k}), weights(device(), kType, {2, n, k}, {kFar, k, 1}),
       out(device(), kType, {3, n}, {kFar, 1});
-  const Array near_values = random_.integers({3, k}, -3, 3), weight_values = random_.integers({2, n, k}, -3, 3);
+  const Array near_values = random_.integers({3, k}, -3, 3),
+              weight_values = random_.integers({2, n, k}, -3, 3);
   const std::int64_t token_of_row[3] = {tokens - 1, 0, tokens - 2};
   Array row_token({3});
   for (std::int64_t r = 0; r < 3; ++r) {
     row_token[r] = static_cast<double>(token_of_row[r]);
-    x.set(token_of_row[r] * k, {near_values.values.begin() + r * k, near_values.values.begin() + (r + 1) * k});
+    x.set(token_of_row[r] * k,
+          {near_values.values.begin() + r * k, near_values.values.begin() + (r + 1) * k});
   }
   for (std::int64_t e = 0; e < 2; ++e)
-    weights.set(e * kFar, {weight_values.values.begin() + e * n * k, weight_values.values.begin() + (e + 1) * n * k});
+    weights.set(e * kFar,
+                {weight_values.values.begin() + e * n * k, weight_values.values.begin() + (e + 1) * n * k});
   const Array offsets({3}, {0, 1, 3});
   const Tensor row_tokens = i32(row_token), offset_tensor = i32(offsets);
   grouped_gemm(x, weights, offset_tensor, out, {.row_token = row_tokens},
                Call(device(), grouped_gemm_workspace_bytes(3, n, k, 2, kType, device())));
   Bounded expected = oracle::grouped_gemm(near_values, weight_values, offsets, 3, {});
   for (std::int64_t r = 0; r < 3; ++r) {
-    const Bounded row{Array({n}, {expected.value.values.begin() + r * n, expected.value.values.begin() + (r + 1) * n}),
-                      Array({n})};
+    const Bounded row{
+        Array({n}, {expected.value.values.begin() + r * n, expected.value.values.begin() + (r + 1) * n}),
+        Array({n})};
     EXPECT_TRUE(within(Array({n}, out.get(r * kFar, n)), row, kType)) << r;
   }
 }

@@ -20,7 +20,8 @@ struct Layer {
   std::vector<std::string> forbidden;  // prefixes of any includes that are not
 };
 
-const std::vector<std::string> kCudaHeaders = {"cuda", "cub/", "cutlass/", "cute/", "cooperative_groups", "nvrtc"};
+const std::vector<std::string> kCudaHeaders = {"cuda", "cub/", "cutlass/", "cute/", "cooperative_groups",
+                                               "nvrtc"};
 const std::vector<std::string> kPythonHeaders = {"nanobind/", "Python.h", "dlpack/", "torch/"};
 
 std::vector<std::string> operator+(std::vector<std::string> a, const std::vector<std::string>& b) {
@@ -35,7 +36,9 @@ const std::vector<Layer>& layers() {
       {"cpp/src/core", {"moecore/", "core/"}, outside},
       {"cpp/src/ops", {"moecore/", "core/", "ops/", "build_config.h"}, outside},
       {"cpp/src/cpu", {"moecore/", "core/", "ops/", "cpu/"}, outside},
-      {"cpp/src/cuda", {"moecore/", "core/", "ops/", "cuda/", "build_config.h", "cuda_build_config.h"}, kPythonHeaders},
+      {"cpp/src/cuda",
+       {"moecore/", "core/", "ops/", "cuda/", "build_config.h", "cuda_build_config.h"},
+       kPythonHeaders},
       {"cpp/src/cuda/device", {"cuda/device/"}, kPythonHeaders},
       {"bindings", {"moecore/"}, kCudaHeaders},
   };
@@ -44,8 +47,8 @@ const std::vector<Layer>& layers() {
 
 // The prefixes under which the project's own headers are included.
 const std::vector<std::string>& own_prefixes() {
-  static const std::vector<std::string> prefixes = {"moecore/", "core/", "ops/",    "cpu/",
-                                                    "cuda/",    "cuda_build_config.h", "build_config.h"};
+  static const std::vector<std::string> prefixes = {
+      "moecore/", "core/", "ops/", "cpu/", "cuda/", "cuda_build_config.h", "build_config.h"};
   return prefixes;
 }
 
@@ -58,7 +61,8 @@ bool starts_with_any(const std::string& text, const std::vector<std::string>& pr
 const Layer* layer_of(const std::string& path) {
   const Layer* best = nullptr;
   for (const Layer& layer : layers())
-    if (path.rfind(layer.directory + "/", 0) == 0 && (!best || layer.directory.size() > best->directory.size()))
+    if (path.rfind(layer.directory + "/", 0) == 0 &&
+        (!best || layer.directory.size() > best->directory.size()))
       best = &layer;
   return best;
 }

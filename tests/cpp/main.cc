@@ -1,5 +1,5 @@
-// The entry of the C++ tests. MOECORE_TEST_REQUIRE (an instruction set, or "cuda") makes the run exit with 77,
-// which ctest reports as skipped, on a machine that has not got it.
+// The entry of the C++ tests. MOECORE_TEST_REQUIRE (an instruction set, or "cuda") makes the run exit with
+// 77, which ctest reports as skipped, on a machine that has not got it.
 
 #include <gtest/gtest.h>
 
@@ -16,8 +16,9 @@ int main(int argc, char** argv) {
   if (const char* required = std::getenv("MOECORE_TEST_REQUIRE")) {
     const std::vector<std::string> isas = moecore::cpu_isas();
     std::string why = "this CPU has not got it";
-    const bool present = std::string(required) == "cuda" ? moecore::cuda_device_count(&why) > 0
-                                                         : std::find(isas.begin(), isas.end(), required) != isas.end();
+    const bool present = std::string(required) == "cuda"
+                             ? moecore::cuda_device_count(&why) > 0
+                             : std::find(isas.begin(), isas.end(), required) != isas.end();
     if (!present) {
       std::cout << "skipped: needs " << required << ", but " << why << "\n";
       return kSkipped;

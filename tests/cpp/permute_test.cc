@@ -39,13 +39,17 @@ Bytes gathered(const Bytes& x, std::size_t width, std::int64_t x_rows, const Arr
 class PermuteShuffleRows : public OnDeviceDType {
  protected:
   // One call with random bytes; `map` may point anywhere.
-  void expect_gather(std::int64_t x_rows, std::int64_t width, const Array& map, DType map_type, const Place& x_place,
-                     const Place& out_place) {
-    SCOPED_TRACE(::testing::Message() << "S=" << x_rows << " C=" << width << " D=" << map.size() << " map "
-                                      << name(map_type) << ", x " << x_place.name << ", out " << out_place.name);
-    Tensor x(device(), dtype(), {x_rows, width}, x_place), out(device(), dtype(), {map.size(), width}, out_place);
-    const std::size_t row_bytes = static_cast<std::size_t>(width) * static_cast<std::size_t>(bit_width(dtype())) / 8;
-    const Bytes bytes = Random(static_cast<std::uint64_t>(width)).bytes(row_bytes * static_cast<std::size_t>(x_rows));
+  void expect_gather(std::int64_t x_rows, std::int64_t width, const Array& map, DType map_type,
+                     const Place& x_place, const Place& out_place) {
+    SCOPED_TRACE(::testing::Message()
+                 << "S=" << x_rows << " C=" << width << " D=" << map.size() << " map " << name(map_type)
+                 << ", x " << x_place.name << ", out " << out_place.name);
+    Tensor x(device(), dtype(), {x_rows, width}, x_place),
+        out(device(), dtype(), {map.size(), width}, out_place);
+    const std::size_t row_bytes =
+        static_cast<std::size_t>(width) * static_cast<std::size_t>(bit_width(dtype())) / 8;
+    const Bytes bytes =
+        Random(static_cast<std::uint64_t>(width)).bytes(row_bytes * static_cast<std::size_t>(x_rows));
     x.set_bytes(bytes);
     const Tensor map_tensor(device(), map_type, map);
     shuffle_rows(x.read_only(), map_tensor.read_only(), out, Call(device()));
@@ -86,7 +90,8 @@ TEST_P(PermuteShuffleRows, OutOfRangeEntriesGiveZeros) {
   expect_gather(4, 66, Array({4}, {4294967296.0, -4294967295.0, 1, 0x1p40}), DType::kI64, {}, {});
 }
 
-INSTANTIATE_TEST_SUITE_P(, PermuteShuffleRows, ::testing::ValuesIn(devices_times(all_types())), device_dtype_name);
+INSTANTIATE_TEST_SUITE_P(, PermuteShuffleRows, ::testing::ValuesIn(devices_times(all_types())),
+                         device_dtype_name);
 
 class PermutePlan : public OnDeviceDType {};
 

@@ -18,7 +18,9 @@ class PlanOp : public OnDevice {
     const std::int64_t num_tokens = ids.shape[0], top_k = ids.shape[1], routes = num_tokens * top_k;
     const std::int64_t e = spec.num_experts;
     const Tensor id_tensor(device(), id_type, ids, id_place);
-    auto output = [&](std::vector<std::int64_t> shape) { return Tensor(device(), DType::kI32, std::move(shape)); };
+    auto output = [&](std::vector<std::int64_t> shape) {
+      return Tensor(device(), DType::kI32, std::move(shape));
+    };
     Tensor offsets = output({e + 1}), scales = output({e + 1}), row_token = output({routes}),
            slot_row = output({num_tokens, top_k}), row_route = output({routes}), sizes1 = output({e, 3}),
            sizes2 = output({e, 3});
@@ -32,12 +34,14 @@ class PlanOp : public OnDevice {
     std::optional<Tensor> map;
     if (spec.expert_map) {
       Array values({static_cast<std::int64_t>(spec.expert_map->size())});
-      for (std::int64_t i = 0; i < values.size(); ++i) values[i] = (*spec.expert_map)[static_cast<std::size_t>(i)];
+      for (std::int64_t i = 0; i < values.size(); ++i)
+        values[i] = (*spec.expert_map)[static_cast<std::size_t>(i)];
       map.emplace(device(), DType::kI32, values);
       options.expert_map = map->read_only();
     }
     const Call call(device(), plan_workspace_bytes(num_tokens, top_k, e, device()), num_threads);
-    plan(id_tensor.read_only(), {offsets, scales, row_token, slot_row, row_route, sizes1, sizes2}, options, call);
+    plan(id_tensor.read_only(), {offsets, scales, row_token, slot_row, row_route, sizes1, sizes2}, options,
+         call);
 
     const oracle::PlanResult expected = oracle::plan(ids, spec);
     EXPECT_TRUE(equal(offsets.get(), expected.expert_offsets)) << "expert_offsets";
@@ -93,8 +97,8 @@ TEST_P(PlanOp, HoldsItsInvariants) {
     for (std::int64_t e = 0; e < c.num_experts; ++e) {
       ASSERT_LE(p.scale_offsets[e], p.scale_offsets[e + 1]);
       ASSERT_EQ(static_cast<std::int64_t>(p.scale_offsets[e + 1]) % 128, 0);
-      for (auto row = static_cast<std::int64_t>(p.expert_offsets[e]) + 1; row < static_cast<std::int64_t>(p.expert_offsets[e + 1]);
-           ++row)
+      for (auto row = static_cast<std::int64_t>(p.expert_offsets[e]) + 1;
+           row < static_cast<std::int64_t>(p.expert_offsets[e + 1]); ++row)
         ASSERT_LT(p.row_route[row - 1], p.row_route[row]) << "not stable by route";
     }
   }

@@ -21,7 +21,8 @@ class Route : public OnDeviceDType {
     Array weights, ids;
   };
 
-  Outputs run(const Array& logits, const oracle::RouteSpec& spec, const Place& place = {}, int num_threads = 0) {
+  Outputs run(const Array& logits, const oracle::RouteSpec& spec, const Place& place = {},
+              int num_threads = 0) {
     const std::int64_t num_tokens = logits.shape[0];
     const Tensor logits_tensor(device(), dtype(), logits, place);
     Tensor weights(device(), DType::kF32, {num_tokens, spec.top_k}, place),
@@ -91,10 +92,13 @@ TEST_P(Route, MatchesTheOracle) {
         if (k > e) continue;
         for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
           for (bool renormalize : {false, true}) {
-            SCOPED_TRACE(::testing::Message() << "T=" << t << " E=" << e << " K=" << k << " sigmoid "
-                                              << (scoring == Scoring::kSigmoid) << " renormalize " << renormalize);
-            expect_route(random.floats({t, e}, dtype(), -6, 6),
-                         {.top_k = k, .scoring = scoring, .renormalize = renormalize, .scale = renormalize ? 2.5f : 1.0f});
+            SCOPED_TRACE(::testing::Message()
+                         << "T=" << t << " E=" << e << " K=" << k << " sigmoid "
+                         << (scoring == Scoring::kSigmoid) << " renormalize " << renormalize);
+            expect_route(random.floats({t, e}, dtype(), -6, 6), {.top_k = k,
+                                                                 .scoring = scoring,
+                                                                 .renormalize = renormalize,
+                                                                 .scale = renormalize ? 2.5f : 1.0f});
           }
       }
 }
@@ -133,7 +137,8 @@ TEST_P(Route, IdentityTakesTheLogitsAsScores) {
   for (std::int64_t e : {4, 31, 256})
     for (bool renormalize : {false, true}) {
       SCOPED_TRACE(e);
-      oracle::RouteSpec spec{.top_k = 4, .scoring = Scoring::kIdentity, .renormalize = renormalize, .scale = 2.5f};
+      oracle::RouteSpec spec{
+          .top_k = 4, .scoring = Scoring::kIdentity, .renormalize = renormalize, .scale = 2.5f};
       expect_route(random.floats({33, e}, dtype(), 0.01, 1), spec);
       spec.bias = random.floats({e}, DType::kF32, -1, 1);
       expect_route(random.floats({33, e}, dtype(), 0.01, 1), spec);
@@ -145,13 +150,19 @@ TEST_P(Route, LimitsToGroups) {
     std::int64_t experts, groups, topk_groups, top_k;
   };
   Random random(5);
-  for (Shape s : {Shape{8, 2, 1, 2}, {16, 4, 2, 3}, {12, 12, 5, 5}, {64, 4, 4, 8}, {160, 8, 3, 6}, {256, 8, 4, 8},
-                  {30, 5, 2, 12}, {2048, 32, 8, 16}})
+  for (Shape s : {Shape{8, 2, 1, 2},
+                  {16, 4, 2, 3},
+                  {12, 12, 5, 5},
+                  {64, 4, 4, 8},
+                  {160, 8, 3, 6},
+                  {256, 8, 4, 8},
+                  {30, 5, 2, 12},
+                  {2048, 32, 8, 16}})
     for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
       for (GroupScore group_score : {GroupScore::kTop2Sum, GroupScore::kMax})
         for (bool with_bias : {false, true}) {
-          SCOPED_TRACE(::testing::Message() << "E=" << s.experts << " groups " << s.groups << " top " << s.topk_groups
-                                            << " K=" << s.top_k << " bias " << with_bias);
+          SCOPED_TRACE(::testing::Message() << "E=" << s.experts << " groups " << s.groups << " top "
+                                            << s.topk_groups << " K=" << s.top_k << " bias " << with_bias);
           oracle::RouteSpec spec{.top_k = s.top_k,
                                  .scoring = scoring,
                                  .num_groups = s.groups,
@@ -191,7 +202,11 @@ TEST_P(Route, TiedGroupsGoToTheLowerGroup) {
       for (std::int64_t j = 0; j < 2 * group; ++j) lowest.push_back(static_cast<double>(j));
       for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
         expect_ids(Array({1, e}, 0.5),
-                   {.top_k = 2 * group, .scoring = scoring, .num_groups = 6, .topk_groups = 2, .group_score = group_score},
+                   {.top_k = 2 * group,
+                    .scoring = scoring,
+                    .num_groups = 6,
+                    .topk_groups = 2,
+                    .group_score = group_score},
                    lowest);
     }
 }
@@ -213,10 +228,10 @@ TEST_P(Route, NonFiniteIsNeverSelected) {
   for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
     for (bool renormalize : {false, true}) {
       const oracle::RouteSpec spec{.top_k = 3, .scoring = scoring, .renormalize = renormalize};
-      expect_route(Array({4, 5}, {kNaN, 1, 2, 3, 4,            //
-                                  kInf, 1, -kInf, 3, kNaN,     // two left for three slots
-                                  kNaN, kNaN, kInf, kInf, -kInf,  // none left
-                                  -kInf, -kInf, 0, -kInf, -kInf}),
+      expect_route(Array({4, 5}, {kNaN,  1,     2,     3,     4,      //
+                                  kInf,  1,     -kInf, 3,     kNaN,   // two left for three slots
+                                  kNaN,  kNaN,  kInf,  kInf,  -kInf,  // none left
+                                  -kInf, -kInf, 0,     -kInf, -kInf}),
                    spec);
       oracle::RouteSpec biased = spec;
       biased.bias = Array({5}, {0, kNaN, kInf, -kInf, 0});

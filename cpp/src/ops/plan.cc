@@ -15,7 +15,7 @@ std::int32_t* output(const Check& check, std::string_view arg, const TensorView&
                      std::int64_t length, std::string_view meaning) {
   check.tensor(arg, t, I32Type::kRows, ndim, Check::Access::kOut);
   check.dim(arg, t, 0, length, meaning);
-  check.that(t.is_dense(), arg, t.strides[0], "a dense tensor");
+  if (!t.is_dense()) check.fail(arg, t.describe(), "a dense tensor");
   return static_cast<std::int32_t*>(t.data);
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// Array: values on the host as the tests see them. Every type the ops compute with (and every index that occurs)
-// is exact in double, so one representation serves oracles, inputs and outputs.
+// Array: values on the host as the tests see them. Every type the ops compute with (and every index that
+// occurs) is exact in double, so one representation serves oracles, inputs and outputs.
 
 #include <cstdint>
 #include <utility>

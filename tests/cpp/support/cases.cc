@@ -9,7 +9,9 @@ Array RoutingCase::ids(std::uint64_t seed) const {
   Array ids({num_tokens, top_k});
   for (std::int64_t t = 0; t < num_tokens; ++t) {
     // A random start and a random odd step visit K distinct experts when K <= E.
-    const std::int64_t start = random.below(num_experts), step = 1 + random.below(std::max<std::int64_t>(1, num_experts / std::max<std::int64_t>(1, top_k)));
+    const std::int64_t start = random.below(num_experts),
+                       step = 1 + random.below(std::max<std::int64_t>(
+                                      1, num_experts / std::max<std::int64_t>(1, top_k)));
     for (std::int64_t j = 0; j < top_k; ++j) {
       std::int64_t id = (start + j * step) % num_experts;
       switch (routing) {
@@ -81,11 +83,13 @@ const std::vector<RoutingCase>& short_routing_cases() {
 
 std::vector<Place> places(DType dtype) {
   const auto element = static_cast<std::size_t>(bit_width(dtype) + 7) / 8;
-  return {{"dense", 0, 0}, {"strided", 6, 0}, {"unaligned", 0, element}, {"strided and unaligned", 2, element}};
+  return {
+      {"dense", 0, 0}, {"strided", 6, 0}, {"unaligned", 0, element}, {"strided and unaligned", 2, element}};
 }
 
 const std::vector<std::int64_t>& widths() {
-  static const std::vector<std::int64_t> list = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 129, 360, 1025, 2880};
+  static const std::vector<std::int64_t> list = {0,  1,  2,  3,   7,   8,   15,   16,  17,
+                                                 31, 33, 64, 100, 129, 360, 1025, 2880};
   return list;
 }
 

@@ -36,8 +36,8 @@ template <class Wrong, class Expectation>
       report << "\n  " << position(actual, i) << " is " << actual[i] << ", expected " << expectation(i);
   }
   if (bad == 0) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << bad << " of " << actual.size() << " elements differ"
-                                       << report.str();
+  return ::testing::AssertionFailure()
+         << bad << " of " << actual.size() << " elements differ" << report.str();
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ namespace moecore::test {
 ::testing::AssertionResult equal(const Array& actual, const Array& expected);
 
 /// Same shape, and every element is the rounding to `dtype` of some value within `bound` of `expected`:
-/// RN(expected - bound) <= actual <= RN(expected + bound). So the output's own rounding is held exactly, and a
-/// bound of zero asks for the correctly rounded result. NaN needs NaN, infinity the same infinity.
+/// RN(expected - bound) <= actual <= RN(expected + bound). So the output's own rounding is held exactly, and
+/// a bound of zero asks for the correctly rounded result. NaN needs NaN, infinity the same infinity.
 ::testing::AssertionResult within(const Array& actual, const Bounded& expected, DType dtype);
 
 }  // namespace moecore::test

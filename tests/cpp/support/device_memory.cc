@@ -19,8 +19,7 @@ constexpr std::size_t kAlignment = 256;
 
 #ifdef MOECORE_HAS_CUDA
 void cuda_try(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 #else
 [[noreturn]] void no_cuda() {

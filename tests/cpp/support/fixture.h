@@ -44,7 +44,8 @@ std::string device_dtype_name(const ::testing::TestParamInfo<DeviceDType>& info)
 
 const std::vector<DType>& float_types();
 
-/// The context of one call: a stream of its own and a workspace full of poison, in which nothing may be assumed.
+/// The context of one call: a stream of its own and a workspace full of poison, in which nothing may be
+/// assumed.
 class Call {
  public:
   explicit Call(Device device, std::size_t workspace_bytes = 0, int num_threads = 0);
@@ -65,7 +66,9 @@ class Random {
   explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
   std::uint64_t bits();
   /// Uniform in [0, n).
-  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(n)); }
+  std::int64_t below(std::int64_t n) {
+    return static_cast<std::int64_t>(bits() % static_cast<std::uint64_t>(n));
+  }
   /// Uniform in [low, high).
   double uniform(double low, double high);
   /// Values of `dtype`, uniform in [low, high) before rounding.

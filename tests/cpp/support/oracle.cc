@@ -38,10 +38,9 @@ std::uint64_t encode_float(FloatFormat f, double x) {
   if (a == 0) return sign;
   // The value in units of its last mantissa bit: nearbyint rounds it to nearest even.
   const int exponent = std::max(std::ilogb(a), f.min_exponent());
-  const auto units =
-      static_cast<std::uint64_t>(std::nearbyint(std::ldexp(a, f.mantissa_bits - exponent)));
-  // Adding, not or-ing: a carry out of the mantissa moves on to the next exponent. Subnormals have units below
-  // 2^mantissa_bits and exponent field 0.
+  const auto units = static_cast<std::uint64_t>(std::nearbyint(std::ldexp(a, f.mantissa_bits - exponent)));
+  // Adding, not or-ing: a carry out of the mantissa moves on to the next exponent. Subnormals have units
+  // below 2^mantissa_bits and exponent field 0.
   const std::uint64_t bits =
       (static_cast<std::uint64_t>(exponent - f.min_exponent()) << f.mantissa_bits) + units;
   return sign | std::min(bits, infinity);
@@ -65,7 +64,8 @@ std::uint64_t encode(DType dtype, double x) {
   const auto integer = static_cast<std::int64_t>(x);
   if (static_cast<double>(integer) != x) throw std::logic_error("encode: not an integer");
   const int bits = bit_width(dtype);
-  return static_cast<std::uint64_t>(integer) & (bits == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << bits) - 1);
+  return static_cast<std::uint64_t>(integer) &
+         (bits == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << bits) - 1);
 }
 
 double decode(DType dtype, std::uint64_t bits) {
@@ -108,8 +108,8 @@ PlanResult plan(const Array& ids, const PlanSpec& spec) {
     }
     if (id >= 0 && id < num_experts) routes_of[static_cast<std::size_t>(id)].push_back(r);
   }
-  PlanResult p{Array({num_experts + 1}), Array({num_experts + 1}), Array({routes}, -1),
-               Array({num_tokens, top_k}, -1), Array({routes}, -1), Array({num_experts, 3}),
+  PlanResult p{Array({num_experts + 1}),       Array({num_experts + 1}), Array({routes}, -1),
+               Array({num_tokens, top_k}, -1), Array({routes}, -1),      Array({num_experts, 3}),
                Array({num_experts, 3})};
   std::int64_t row = 0;
   for (std::int64_t e = 0; e < num_experts; ++e) {
@@ -121,10 +121,13 @@ PlanResult plan(const Array& ids, const PlanSpec& spec) {
       p.slot_row[r] = static_cast<double>(row++);
     }
     p.expert_offsets[e + 1] = static_cast<double>(row);
-    p.scale_offsets[e + 1] = p.scale_offsets[e] + static_cast<double>((n + spec.scale_alignment - 1) / spec.scale_alignment * spec.scale_alignment);
+    p.scale_offsets[e + 1] =
+        p.scale_offsets[e] +
+        static_cast<double>((n + spec.scale_alignment - 1) / spec.scale_alignment * spec.scale_alignment);
     const std::int64_t wide = spec.gated ? 2 * spec.inter : spec.inter;
     const std::int64_t sizes1[3] = {spec.swap_ab ? wide : n, spec.swap_ab ? n : wide, spec.hidden};
-    const std::int64_t sizes2[3] = {spec.swap_ab ? spec.hidden : n, spec.swap_ab ? n : spec.hidden, spec.inter};
+    const std::int64_t sizes2[3] = {spec.swap_ab ? spec.hidden : n, spec.swap_ab ? n : spec.hidden,
+                                    spec.inter};
     for (int i = 0; i < 3; ++i) {
       p.problem_sizes1.at(e, i) = static_cast<double>(sizes1[i]);
       p.problem_sizes2.at(e, i) = static_cast<double>(sizes2[i]);
@@ -139,7 +142,8 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
   const bool grouped = spec.num_groups > 1;
   // Keys that involve exp carry its error; the logit itself is exact.
   const bool exact_keys = !spec.bias && !grouped;
-  RouteResult result{{Array({num_tokens, top_k}), Array({num_tokens, top_k})}, Array({num_tokens, top_k}, -1), {}};
+  RouteResult result{
+      {Array({num_tokens, top_k}), Array({num_tokens, top_k})}, Array({num_tokens, top_k}, -1), {}};
   result.ambiguous.assign(static_cast<std::size_t>(num_tokens), false);
 
   for (std::int64_t t = 0; t < num_tokens; ++t) {
@@ -180,7 +184,9 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
         if (eligible[e]) slack = std::max(slack, 4 * error[e] + 4 * kF32Roundoff * std::fabs(key[e]));
 
     // Equal inputs are equal keys and no matter of rounding; keys that differ by less than the slack are.
-    auto close = [&](double high, double low) { return std::isfinite(low) && high != low && high - low <= 2 * slack; };
+    auto close = [&](double high, double low) {
+      return std::isfinite(low) && high != low && high - low <= 2 * slack;
+    };
     auto better = [](const std::vector<double>& v, std::size_t a, std::size_t b) {
       return v[a] != v[b] ? v[a] > v[b] : a < b;
     };
@@ -190,7 +196,8 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
       std::vector<double> rank(groups, -kInf);
       for (std::size_t g = 0; g < groups; ++g) {
         std::vector<double> keys;
-        for (auto e = g * static_cast<std::size_t>(group_size); e < (g + 1) * static_cast<std::size_t>(group_size); ++e)
+        for (auto e = g * static_cast<std::size_t>(group_size);
+             e < (g + 1) * static_cast<std::size_t>(group_size); ++e)
           if (eligible[e]) keys.push_back(key[e]);
         std::sort(keys.rbegin(), keys.rend());
         if (keys.empty()) continue;
@@ -256,9 +263,9 @@ BoundedValue activation(const Activation& a, double gate, double up, double gate
   if (!std::isnan(gate)) gate = std::min(gate, limit);
   if (!std::isnan(up)) up = std::clamp(up, -limit, limit);
   const double u = kF32Roundoff, magnitude = std::fabs(gate);
-  // f, its largest slope near `gate`, and the error of evaluating it in f32. x * sigmoid(s x): rounding s*x by
-  // |s x| u moves the sigmoid by that times (1 - sigmoid) of itself; exp, add and divide take a few ulp more; below
-  // -87 exp leaves the f32 range.
+  // f, its largest slope near `gate`, and the error of evaluating it in f32. x * sigmoid(s x): rounding s*x
+  // by |s x| u moves the sigmoid by that times (1 - sigmoid) of itself; exp, add and divide take a few ulp
+  // more; below -87 exp leaves the f32 range.
   double f = 0, slope = 1.13, error = 0;
   auto swish = [&](double s) {
     const double e = std::exp(-s * gate);
@@ -346,8 +353,8 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
   Bounded out{Array({num_rows, width}, kNaN), Array({num_rows, width})};
   std::vector<double> value(static_cast<std::size_t>(n)), bound(static_cast<std::size_t>(n));
   for (std::int64_t e = 0; e < num_experts; ++e)
-    for (auto r = static_cast<std::int64_t>(expert_offsets[e]); r < static_cast<std::int64_t>(expert_offsets[e + 1]);
-         ++r) {
+    for (auto r = static_cast<std::int64_t>(expert_offsets[e]);
+         r < static_cast<std::int64_t>(expert_offsets[e + 1]); ++r) {
       const std::int64_t source = spec.row_token ? static_cast<std::int64_t>((*spec.row_token)[r]) : r;
       const double* a = x.values.data() + source * depth;
       for (std::int64_t c = 0; c < n; ++c) {
@@ -359,7 +366,8 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
         }
         // Any order of K f32 multiply-adds: at most K+1 roundings of partial sums no larger than `absolute`;
         // operands or products below the normal range may be flushed.
-        double error = kF32Roundoff * static_cast<double>(depth + 1) * absolute + 0x1p-126 * static_cast<double>(depth);
+        double error =
+            kF32Roundoff * static_cast<double>(depth + 1) * absolute + 0x1p-126 * static_cast<double>(depth);
         if (spec.row_weights) {
           const double w = (*spec.row_weights)[r];
           error = (error + kF32Roundoff * std::fabs(sum)) * std::fabs(w);
@@ -400,7 +408,8 @@ Array finalize(const Array& rows, const Array& slot_row, std::int64_t hidden, DT
         if (row < 0 || row >= static_cast<double>(rows.shape[0])) continue;
         double w = weights ? weights->at(t, j) : 1.0;
         if (cast_weights) w = round_to(dtype, w);
-        sum = std::fma(static_cast<float>(w), static_cast<float>(rows.at(static_cast<std::int64_t>(row), h)), sum);
+        sum = std::fma(static_cast<float>(w), static_cast<float>(rows.at(static_cast<std::int64_t>(row), h)),
+                       sum);
       }
       if (residual) sum += static_cast<float>(residual->at(t, h));
       out.at(t, h) = round_to(dtype, static_cast<double>(sum));

@@ -1,9 +1,10 @@
 #pragma once
-// The oracle: what every op must compute, written from the contract in plain loops over doubles. It shares no code
-// with the engines, down to the conversions, which are done here by arithmetic on the formats' definitions.
+// The oracle: what every op must compute, written from the contract in plain loops over doubles. It shares no
+// code with the engines, down to the conversions, which are done here by arithmetic on the formats'
+// definitions.
 //
-// Where the contract fixes the bits (plan, permute, finalize) the oracle returns them. Elsewhere it returns the
-// exact value together with a bound derived from the rounding steps that an f32 implementation takes.
+// Where the contract fixes the bits (plan, permute, finalize) the oracle returns them. Elsewhere it returns
+// the exact value together with a bound derived from the rounding steps that an f32 implementation takes.
 
 #include <cstdint>
 #include <optional>

@@ -149,18 +149,18 @@ void Tensor::poison() {
     std::memcpy(now.data() + row_offset(r), image_.data() + row_offset(r), row_bytes());
   const auto at = std::mismatch(now.begin(), now.end(), image_.begin()).first;
   if (at == now.end()) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << "memory outside of " << view_.describe() << " was written, "
-                                       << at - now.begin() - static_cast<std::ptrdiff_t>(begin_)
-                                       << " bytes from its first element";
+  return ::testing::AssertionFailure()
+         << "memory outside of " << view_.describe() << " was written, "
+         << at - now.begin() - static_cast<std::ptrdiff_t>(begin_) << " bytes from its first element";
 }
 
 ::testing::AssertionResult Tensor::untouched() const {
   const std::vector<std::byte> now = download();
   const auto at = std::mismatch(now.begin(), now.end(), image_.begin()).first;
   if (at == now.end()) return ::testing::AssertionSuccess();
-  return ::testing::AssertionFailure() << view_.describe() << " was written, "
-                                       << at - now.begin() - static_cast<std::ptrdiff_t>(begin_)
-                                       << " bytes from its first element";
+  return ::testing::AssertionFailure()
+         << view_.describe() << " was written, " << at - now.begin() - static_cast<std::ptrdiff_t>(begin_)
+         << " bytes from its first element";
 }
 
 }  // namespace moecore::test
