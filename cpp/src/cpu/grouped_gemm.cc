@@ -21,9 +21,10 @@ namespace {
 
 using gemm::kBlockCols;
 using gemm::kBlockRows;
+using gemm::kMaxBlockCols;
 
 constexpr std::int64_t kPanelRows = 512;
-constexpr int kPitch = kBlockCols + 16;  // of a block's results; vectors may read past the last column
+constexpr int kPitch = kMaxBlockCols + 16;  // of a block's results; vectors may read past the last column
 
 struct Panel {
   std::int32_t expert, first_row, rows;
@@ -34,7 +35,9 @@ const gemm::Kernel& kernel_for(DType dtype) {
 #if defined(__x86_64__)
     switch (active_isa()) {
       case Isa::kAmx:
+        return gemm::amx_kernels();
       case Isa::kAvx512Bf16:
+        return gemm::avx512_bf16_kernels();
       case Isa::kAvx512:
         return gemm::avx512_kernels();
       case Isa::kAvx2:
@@ -165,13 +168,17 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
   const gemm::Kernel& kernel = kernel_for(p.dtype);
   const bool gated = p.activation && p.activation->gated();
   const std::int64_t out_cols = gated ? p.n / 2 : p.n;
-  const std::int64_t task_cols = gated ? kBlockCols / 2 : kBlockCols;
-  const std::int64_t tasks_per_panel = (out_cols + task_cols - 1) / task_cols;
-  if (explain(ctx, "grouped_gemm", kernel.name,
-              threads_for(ctx, max_panels(p.num_rows, p.num_experts) * tasks_per_panel)))
-    return;
+  const int threads = threads_for(ctx, max_panels(p.num_rows, p.num_experts) * out_cols);
+  if (explain(ctx, "grouped_gemm", kernel.name, threads)) return;
+
   auto* panels = reinterpret_cast<Panel*>(ctx.workspace.data());
   const std::int64_t num_panels = list_panels(p, panels);
+  // The widest tasks of which every thread still gets eight.
+  std::int64_t task_cols = kernel.max_cols / (gated ? 2 : 1), tasks_per_panel = 0;
+  for (;; task_cols /= 2) {
+    tasks_per_panel = (out_cols + task_cols - 1) / task_cols;
+    if (num_panels * tasks_per_panel >= 8 * threads || task_cols <= kBlockCols / (gated ? 2 : 1)) break;
+  }
   parallel_for(ctx, num_panels * tasks_per_panel, [&](std::int64_t task, int) {
     const std::int64_t first_col = task % tasks_per_panel * task_cols;
     Task{p, kernel, panels[task / tasks_per_panel], first_col,

@@ -16,7 +16,7 @@ void finish(const Finish& f) {
       continue;
     }
     const auto activate = kernels().activate_floats;
-    alignas(64) float gate[kBlockCols], up[kBlockCols];
+    alignas(64) float gate[kMaxBlockCols / 2 + W], up[kMaxBlockCols / 2 + W];
     switch (activation->order) {
       case GateOrder::kPlain:
         activate(*activation, c, nullptr, c, f.width);

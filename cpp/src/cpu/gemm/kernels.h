@@ -13,8 +13,9 @@ namespace moecore::cpu::gemm {
 /// Rows of x that a block multiplies at once.
 inline constexpr int kBlockRows = 32;
 /// Weight rows of a block: 96 rows of 1024 bf16 are 192 KiB. A multiple of every kernel's tile width, also
-/// when it is halved between gate and up.
+/// when it is halved between gate and up. A kernel may take up to kMaxBlockCols when there is enough work.
 inline constexpr int kBlockCols = 96;
+inline constexpr int kMaxBlockCols = 4 * kBlockCols;
 /// Depth after which the lanes of an accumulator are added up. Part of what fixes the bits of a result.
 inline constexpr std::int64_t kSumDepth = 1024;
 
@@ -27,7 +28,7 @@ struct WeightRows {
 struct Product {
   const std::byte* const* x = nullptr;  // pointers to rows of `depth` elements
   int rows = 0;                         // 1 .. kBlockRows
-  std::array<WeightRows, 2> w{};        // at most kBlockCols rows
+  std::array<WeightRows, 2> w{};        // at most kMaxBlockCols rows
   std::int64_t w_pitch = 0;             // bytes from one weight row to the next
   std::int64_t depth = 0;
   float* c = nullptr;
@@ -54,6 +55,7 @@ struct Kernel {
   void (*finish)(const Finish&) = nullptr;
   /// dst[i] = src[i] in f32.
   void (*widen)(const std::byte* src, float* dst, std::int64_t n) = nullptr;
+  int max_cols = kBlockCols;
 };
 
 struct KernelTable {
