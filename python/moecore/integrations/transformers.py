@@ -237,11 +237,10 @@ def _experts(
     beta: float,
     limit: float,
 ) -> torch.Tensor:
-    if transposed:
-        gate_up, down = _transposed(gate_up), _transposed(down)
+    gate_up, down = (w.transpose(1, 2) if transposed else w for w in (gate_up, down))
     experts = moecore.Experts(
-        gate_up,
-        down,
+        _dense(gate_up),
+        _dense(down),
         activation=kind,
         order=order,
         alpha=alpha,
@@ -250,6 +249,7 @@ def _experts(
         w13_bias=gate_up_bias,
         w2_bias=down_bias,
     )
+    x, weights, ids = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weights, ids))
     return moecore.fused_experts(x, weights, ids, experts)
 
 
@@ -265,7 +265,7 @@ torch.library.register_fake(
 
 @dataclasses.dataclass
 class _Packed:
-    """A [E, N, K] copy of transposed weights, valid while their storage lives and is not written to."""
+    """A dense copy of weights, valid while their storage lives and is not written to."""
 
     storage: StorageWeakRef
     version: int
@@ -275,8 +275,10 @@ class _Packed:
 _packed: dict[tuple[object, ...], _Packed] = {}
 
 
-def _transposed(weights: torch.Tensor) -> torch.Tensor:
-    """The weights [E, K, N] as dense [E, N, K], computed once per storage and version of it."""
+def _dense(weights: torch.Tensor) -> torch.Tensor:
+    """The weights [E, N, K], dense along K: themselves, or a copy made once per storage and version of it."""
+    if weights.stride(-1) == 1:
+        return weights
     key = (weights.data_ptr(), tuple(weights.shape), weights.stride(), weights.dtype, weights.device)
     version = 0 if weights.is_inference() else weights._version
     known = _packed.get(key)
@@ -284,8 +286,8 @@ def _transposed(weights: torch.Tensor) -> torch.Tensor:
         return known.tensor
     for stale in [k for k, p in _packed.items() if p.storage.expired()]:
         del _packed[stale]
-    flipped = weights.transpose(1, 2)
-    tensor = flipped if flipped.is_contiguous() else moecore.transpose_experts(weights)
+    stored = weights.transpose(1, 2)
+    tensor = moecore.transpose_experts(stored) if stored.stride(-1) == 1 else weights.contiguous()
     _packed[key] = _Packed(StorageWeakRef(weights.untyped_storage()), version, tensor)
     return tensor
 
