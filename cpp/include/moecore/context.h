@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "moecore/tensor.h"
 
@@ -21,6 +22,9 @@ struct ExecContext {
   /// Set: the op validates its arguments, appends which kernel and policy it would take and why, and returns
   /// without running anything.
   std::string* explain = nullptr;
+  /// For tuning: replaces fields of the op's CUDA launch policy, as in "threads=128 unroll=2". A name or value
+  /// that is not on offer throws InvalidArgument with those that are.
+  std::string_view policy{};
 };
 
 /// Alignment that ops expect of `ExecContext::workspace`.

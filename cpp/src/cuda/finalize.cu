@@ -12,6 +12,7 @@
 #include "cuda/device/convert.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/finalize_policy.h"
+#include "cuda/policy_override.h"
 #include "cuda/runtime.h"
 #include "cuda/types.cuh"
 
@@ -62,46 +63,57 @@ __device__ __forceinline__ float load_weight(const FinalizeArgs& args, std::int6
 }
 
 template <class T, int kWidth, int kSlots>
-__global__ void __launch_bounds__(kMaxThreads) finalize_kernel(const FinalizeArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 3) finalize_kernel(const FinalizeArgs args) {
   using Vector = dev::Pack<T, kWidth>;
+  constexpr unsigned kWholeWarp = 0xFFFFFFFF;
+  const int slot_of_lane = static_cast<int>(threadIdx.x) % kSlots;
   dev::wait_for_predecessor();
   dev::release_successor();
-  for (std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; c < args.columns;
-       c += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+  for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * blockDim.x; begin < args.columns;
+       begin += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t c = begin + threadIdx.x;
+    const bool active = c < args.columns;
     const T* rows = static_cast<const T*>(args.rows) + c * kWidth;
     for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
-      Vector residual;
-      if (args.residual)
+      Vector residual{};
+      if (active && args.residual)
         residual = *reinterpret_cast<const Vector*>(static_cast<const T*>(args.residual) +
                                                     t * args.residual_stride + c * kWidth);
       float acc[kWidth] = {};
       for (int k = 0; k < args.top_k; k += kSlots) {
-        // Phase 1: indices and weights, then every live row of the pass.
-        std::int64_t row[kSlots];
-        float w[kSlots];
+        // Phase 1: a lane reads one slot. fma(-0, +0, acc) is acc for every acc, so a dead slot takes part
+        // with these operands and the chain has no branch.
+        const int j = k + slot_of_lane;
+        std::int64_t row = -1;
+        float w = 0.0f;
+        if (j < args.top_k) {
+          row = load_index(args, t * args.slot_stride + j);
+          w = load_weight<T>(args, t * args.weights_stride + j);
+        }
+        const bool live = row >= 0 && row < args.num_rows;
+        const std::int64_t offset = live ? row * args.rows_stride : -1;
+        w = live ? w : -0.0f;
+        // Phase 2: every live row of the pass.
+        Vector v[kSlots] = {};
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j)
-          row[j] = k + j < args.top_k ? load_index(args, t * args.slot_stride + k + j) : -1;
+        for (int i = 0; i < kSlots; ++i) {
+          const std::int64_t from = __shfl_sync(kWholeWarp, offset, i);
+          if (active && from >= 0) v[i] = *reinterpret_cast<const Vector*>(rows + from);
+        }
+        // Phase 3: the chain.
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j)
-          w[j] = k + j < args.top_k ? load_weight<T>(args, t * args.weights_stride + k + j) : 0.0f;
-        Vector v[kSlots];
+        for (int i = 0; i < kSlots; ++i) {
+          const float weight = __shfl_sync(kWholeWarp, w, i);
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j)
-          if (row[j] >= 0 && row[j] < args.num_rows)
-            v[j] = *reinterpret_cast<const Vector*>(rows + row[j] * args.rows_stride);
-        // Phase 2: the chain.
-#pragma unroll
-        for (int j = 0; j < kSlots; ++j)
-          if (row[j] >= 0 && row[j] < args.num_rows)
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) acc[i] = __fmaf_rn(w[j], dev::to_f32(v[j].values[i]), acc[i]);
+          for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(weight, dev::to_f32(v[i].values[e]), acc[e]);
+        }
       }
+      if (!active) continue;
       Vector result;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if (args.residual) acc[i] = __fadd_rn(acc[i], dev::to_f32(residual.values[i]));
-        result.values[i] = dev::from_f32<T>(acc[i]);
+      for (int e = 0; e < kWidth; ++e) {
+        if (args.residual) acc[e] = __fadd_rn(acc[e], dev::to_f32(residual.values[e]));
+        result.values[e] = dev::from_f32<T>(acc[e]);
       }
       *reinterpret_cast<Vector*>(static_cast<T*>(args.out) + t * args.out_stride + c * kWidth) = result;
     }
@@ -123,16 +135,19 @@ auto select_kernel(int slots) {
 }
 
 std::string describe(const FinalizePolicy& policy) {
-  return std::string("cuda, ") + (policy.vectors ? "16-byte vectors" : "single elements") + ", " +
-         std::to_string(policy.slots) + " rows in flight, " + std::to_string(policy.threads) + " threads, " +
-         std::to_string(policy.slices) + " blocks a token";
+  return "cuda, vectors=" + std::to_string(policy.vectors) + " slots=" + std::to_string(policy.slots) +
+         " threads=" + std::to_string(policy.threads);
 }
 
 }  // namespace
 
 void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("finalize", ctx);
-  const FinalizePolicy policy = select_finalize_policy(p, device.num_sms);
+  FinalizePolicy policy = select_finalize_policy(p, device.num_sms);
+  override_policy("finalize", ctx.policy,
+                  {{"vectors", &policy.vectors, {0, policy.vectors}},
+                   {"slots", &policy.slots, {1, 2, 4, 8}},
+                   {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
   if (p.num_tokens == 0 || p.hidden == 0) return;
 
@@ -157,8 +172,10 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
                             .num_tokens = p.num_tokens,
                             .columns = policy.vectors ? p.hidden / kWidth : p.hidden,
                             .top_k = static_cast<int>(p.top_k)};
+    const std::int64_t slices = (args.columns + policy.threads - 1) / policy.threads;
     const LaunchConfig config{
-        .grid = dim3(policy.slices, static_cast<unsigned>(std::min<std::int64_t>(p.num_tokens, 65535))),
+        .grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(slices, 65535)),
+                     static_cast<unsigned>(std::min<std::int64_t>(p.num_tokens, 65535))),
         .block = dim3(policy.threads),
         .stream = stream(ctx),
         .dependent = true};

@@ -10,10 +10,9 @@
 namespace moecore::cuda {
 
 struct FinalizePolicy {
-  bool vectors = true;  // 16-byte accesses; false: element by element
-  int slots = 8;        // rows in flight per thread: 1, 2, 4 or 8
-  int threads = 128;    // of a block
-  int slices = 1;       // blocks that share one token
+  int vectors = 1;    // 1: 16-byte accesses, 0: element by element
+  int slots = 8;      // rows in flight per thread: 1, 2, 4 or 8
+  int threads = 128;  // of a block
 };
 
 inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_sms) {
@@ -40,8 +39,6 @@ inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_s
   // Of the sizes around it, the one that wastes fewest lanes of the last block.
   const std::int64_t blocks = (columns + policy.threads - 1) / policy.threads;
   policy.threads = static_cast<int>(((columns + blocks - 1) / blocks + 31) / 32 * 32);
-  policy.slices =
-      static_cast<int>(std::min<std::int64_t>((columns + policy.threads - 1) / policy.threads, 65535));
   return policy;
 }
 

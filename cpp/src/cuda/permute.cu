@@ -12,6 +12,7 @@
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/permute_policy.h"
+#include "cuda/policy_override.h"
 #include "cuda/runtime.h"
 
 namespace moecore::cuda {
@@ -27,6 +28,7 @@ struct PermuteArgs {
   std::int64_t vectors;  // whole vectors of a row
   int tail_bytes;        // behind them
   bool streaming;
+  int slices;
   const void* map;
   bool map_is_i64;
   const std::int32_t* slot_row;
@@ -123,7 +125,7 @@ void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, const 
   const bool by_token = policy.form == PermuteForm::kByToken;
   const std::int64_t rows = by_token ? args.x_rows : args.out_rows;
   const LaunchConfig config{
-      .grid = dim3(policy.slices, static_cast<unsigned>(std::min<std::int64_t>(rows, 65535))),
+      .grid = dim3(args.slices, static_cast<unsigned>(std::min<std::int64_t>(rows, 65535))),
       .block = dim3(policy.threads),
       .stream = stream,
       .dependent = true};
@@ -147,17 +149,24 @@ void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, const 
 }
 
 std::string describe(const PermutePolicy& policy) {
-  return std::string("cuda, ") + (policy.form == PermuteForm::kByToken ? "by token" : "by row") + ", " +
-         std::to_string(policy.vector_bytes) + "-byte vectors, " + std::to_string(policy.unroll) +
-         " a thread, " + std::to_string(policy.threads) + " threads, " + std::to_string(policy.slices) +
-         " blocks a row" + (policy.streaming ? ", streaming stores" : "");
+  return "cuda, " + std::to_string(policy.vector_bytes) +
+         "-byte vectors, by_token=" + (policy.form == PermuteForm::kByToken ? "1" : "0") +
+         " unroll=" + std::to_string(policy.unroll) + " threads=" + std::to_string(policy.threads) +
+         " streaming=" + std::to_string(policy.streaming);
 }
 
 }  // namespace
 
 void permute(const PermuteProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("permute", ctx);
-  const PermutePolicy policy = select_permute_policy(p, device.num_sms, device.l2_bytes);
+  PermutePolicy policy = select_permute_policy(p, device.num_sms, device.l2_bytes);
+  int by_token = policy.form == PermuteForm::kByToken;
+  override_policy("permute", ctx.policy,
+                  {{"by_token", &by_token, {0, by_token}},
+                   {"unroll", &policy.unroll, {1, 2, 4}},
+                   {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
+                   {"streaming", &policy.streaming, {0, 1}}});
+  policy.form = by_token ? PermuteForm::kByToken : PermuteForm::kByRow;
   if (explained(ctx, "permute", [&] { return describe(policy); })) return;
   if (p.out_rows == 0 || p.row_bytes == 0) return;
 
@@ -169,7 +178,8 @@ void permute(const PermuteProblem& p, const ExecContext& ctx) {
                          .out_pitch = p.out_pitch,
                          .vectors = p.row_bytes / policy.vector_bytes,
                          .tail_bytes = static_cast<int>(p.row_bytes % policy.vector_bytes),
-                         .streaming = policy.streaming,
+                         .streaming = policy.streaming != 0,
+                         .slices = permute_slices(policy, p.row_bytes),
                          .map = p.map.data,
                          .map_is_i64 = p.map.is_i64,
                          .slot_row = p.slot_row,

@@ -16,11 +16,10 @@ enum class PermuteForm {
 
 struct PermutePolicy {
   PermuteForm form = PermuteForm::kByRow;
-  int vector_bytes = 16;   // 16, 8, 4, 2 or 1: what every row start is aligned to
-  int unroll = 1;          // vectors a thread holds: 1, 2 or 4
-  int threads = 32;        // of a block
-  int slices = 1;          // blocks that share one row
-  bool streaming = false;  // written rows are evicted first
+  int vector_bytes = 16;  // 16, 8, 4, 2 or 1: what every row start is aligned to
+  int unroll = 1;         // vectors a thread holds: 1, 2 or 4
+  int threads = 32;       // of a block
+  int streaming = 0;      // 1: written rows are evicted first
 };
 
 /// The widest vector that divides every bit pattern in `bits` (addresses and pitches or'ed together).
@@ -56,12 +55,16 @@ inline PermutePolicy select_permute_policy(const PermuteProblem& p, int num_sms,
   const std::int64_t least = (warps_of_row * 32 + kMaxThreads - 1) / kMaxThreads;
   const std::int64_t wanted = rows > 0 ? (kBlocksPerSm * num_sms + rows - 1) / rows : 1;
   const std::int64_t slices = std::clamp<std::int64_t>(wanted, least, std::max(least, warps_of_row));
-  const std::int64_t warps = (warps_of_row + slices - 1) / slices;
-  policy.threads = static_cast<int>(32 * warps);
-  policy.slices = static_cast<int>(std::min<std::int64_t>((warps_of_row + warps - 1) / warps, 65535));
+  policy.threads = static_cast<int>(32 * ((warps_of_row + slices - 1) / slices));
   policy.streaming =
       static_cast<std::uint64_t>(p.out_rows) * static_cast<std::uint64_t>(p.row_bytes) > l2_bytes / 2;
   return policy;
+}
+
+/// Blocks that share one row.
+inline int permute_slices(const PermutePolicy& policy, std::int64_t row_bytes) {
+  const std::int64_t slice = static_cast<std::int64_t>(policy.vector_bytes) * policy.unroll * policy.threads;
+  return static_cast<int>(std::clamp<std::int64_t>((row_bytes + slice - 1) / slice, 1, 65535));
 }
 
 }  // namespace moecore::cuda

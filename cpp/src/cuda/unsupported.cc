@@ -1,42 +1,37 @@
 // Ops that have no CUDA kernel.
 
 #include "moecore/error.h"
-#include "ops/activate.h"
 #include "ops/grouped_gemm.h"
-#include "ops/plan.h"
-#include "ops/route.h"
-#include "ops/transpose_experts.h"
+#include "ops/quantize.h"
 
 namespace moecore::cuda {
 namespace {
 
 [[noreturn]] void refuse(const char* op) {
   throw Unsupported(std::string(op) +
-                    ": has no CUDA kernel; the CUDA engine has permute, shuffle_rows and finalize");
+                    ": has no CUDA kernel; the CUDA engine has route, plan, permute, shuffle_rows, "
+                    "activate, finalize and transpose_experts");
 }
 
 }  // namespace
 
-void route(const RouteProblem&, const ExecContext&) {
-  refuse("route");
-}
-void plan(const PlanProblem&, const ExecContext&) {
-  refuse("plan");
-}
-std::size_t plan_workspace_bytes(std::int64_t, std::int64_t) {
-  return 0;
-}
-void activate(const ActivateProblem&, const ExecContext&) {
-  refuse("activate");
-}
 void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
   refuse("grouped_gemm");
 }
 std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType) {
   return 0;
 }
-void transpose_experts(const TransposeProblem&, const ExecContext&) {
-  refuse("transpose_experts");
+void quantize(const QuantizeProblem&, const ExecContext&) {
+  refuse("quantize");
+}
+void dequantize(const DequantizeProblem&, const ExecContext&) {
+  refuse("dequantize");
+}
+void global_scale(const GlobalScaleProblem&, const ExecContext&) {
+  refuse("global_scale");
+}
+void convert_scales(const ConvertScalesProblem&, const ExecContext&) {
+  refuse("convert_scales");
 }
 
 }  // namespace moecore::cuda

@@ -1,0 +1,114 @@
+#pragma once
+// exp, logistic products and the normal distribution in f32: operation for operation those of
+// cpu/simd/math.inl, so that both engines give the same bits. Comparisons are written so that NaN passes.
+
+#include <cstdint>
+
+namespace moecore::cuda::dev {
+
+__device__ __forceinline__ float min_or_second(float a, float b) {
+  return a < b ? a : b;
+}
+__device__ __forceinline__ float max_or_second(float a, float b) {
+  return a > b ? a : b;
+}
+
+/// A number in two factors, `scale` a power of two: a product below 2^-126 is rounded once.
+struct Scaled {
+  float value, scale;
+
+  __device__ __forceinline__ float product() const { return value * scale; }
+};
+
+/// e^x in two factors. NaN, infinities, overflow and denormal results as in the exact function.
+__device__ __forceinline__ Scaled scaled_exp(float x) {
+  x = min_or_second(130.0f, max_or_second(-150.0f, x));
+  // x = n * ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
+  constexpr float kMagic = 12582912.0f;
+  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
+  float r = __fmaf_rn(n, -0x1.62e430p-1f, x);
+  r = __fmaf_rn(n, 0x1.05c610p-29f, r);
+  float q = 0.0013814486131f;
+  q = __fmaf_rn(q, r, 0.00836878055309f);
+  q = __fmaf_rn(q, r, 0.0416683938952f);
+  q = __fmaf_rn(q, r, 0.166665201068f);
+  q = __fmaf_rn(q, r, 0.499999934136f);
+  const float p = __fmaf_rn(r * r, q, r) + 1.0f;
+  // 2^n as two powers, each a normal number.
+  const int whole = __float_as_int(shifted) - __float_as_int(kMagic), half = whole >> 1;
+  return {p * __int_as_float((half + 127) << 23), __int_as_float((whole - half + 127) << 23)};
+}
+
+__device__ __forceinline__ float exp(float x) {
+  return scaled_exp(x).product();
+}
+
+/// 1 / (1 + e^-x), to the last bits also where it is tiny.
+__device__ __forceinline__ float sigmoid(float x) {
+  const float e = exp(-fabsf(x));
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/// x / (1 + e^-y), from e^-|y| and the sign of y.
+__device__ __forceinline__ float times_sigmoid(float x, bool y_is_negative, Scaled e) {
+  const float numerator = x * (y_is_negative ? e.value : 1.0f) * (y_is_negative ? e.scale : 1.0f);
+  return numerator / (1.0f + e.product());
+}
+
+/// e^-(t + t_lo), where t_lo is what rounding t left over.
+__device__ __forceinline__ Scaled exp_minus(float t, float t_lo) {
+  const Scaled e = scaled_exp(-t);
+  return {__fmaf_rn(e.value, -t_lo, e.value), e.scale};
+}
+
+/// x / (1 + e^-x).
+__device__ __forceinline__ float silu(float x) {
+  return times_sigmoid(x, x < 0.0f, scaled_exp(-fabsf(x)));
+}
+
+/// x / (1 + e^(-alpha x)).
+__device__ __forceinline__ float swish(float x, float alpha) {
+  const float a = fabsf(alpha), t = a * fabsf(x);
+  // Beyond 110 the exponential is 0, and the remainder of an overflowed product would be infinite.
+  const float t_lo = t < 110.0f ? __fmaf_rn(a, fabsf(x), -t) : 0.0f;
+  return times_sigmoid(x, alpha * x < 0.0f, exp_minus(t, t_lo));
+}
+
+/// x * Phi(x).
+__device__ __forceinline__ float gelu(float x) {
+  // q = Phi(-t) = e^(-t^2 / 2) * R(t); it underflows before t = 14.5.
+  const float t = min_or_second(14.5f, fabsf(x));
+  const float square = t * t, square_lo = __fmaf_rn(t, t, -square);
+  const Scaled e = exp_minus(0.5f * square, 0.5f * square_lo);
+  const float t4 = t + 4.0f, s = (t - 4.0f) / t4;
+  float p = -0.000131967562031f;
+  p = __fmaf_rn(p, s, 0.0001793636191f);
+  p = __fmaf_rn(p, s, 0.00156992668645f);
+  p = __fmaf_rn(p, s, -0.00351255910153f);
+  p = __fmaf_rn(p, s, -0.00752527428465f);
+  p = __fmaf_rn(p, s, 0.0604038318745f);
+  p = __fmaf_rn(p, s, -0.186523440931f);
+  p = __fmaf_rn(p, s, 0.387136901077f);
+  p = __fmaf_rn(p, s, -0.607896588291f);
+  p = __fmaf_rn(p, s, 0.755285135384f);
+  const float q = e.value * p / t4;
+  const bool negative = x < 0.0f;
+  return x * (negative ? q : 1.0f - q * e.scale) * (negative ? e.scale : 1.0f);
+}
+
+/// x / (1 + e^-y), y = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gelu_tanh(float x) {
+  // y = t * (c0 + c1 t^2) with what each step lost; at t = 11 the exponential has underflowed.
+  const float t = min_or_second(11.0f, fabsf(x));
+  constexpr float c0 = 0x1.988454p+0f, c0_lo = -0x1.857936p-25f;
+  constexpr float c1 = 0x1.2444f2p-4f, c1_lo = 0x1.49b16ap-29f;
+  const float square = t * t, square_lo = __fmaf_rn(t, t, -square);
+  const float cubic = c1 * square;
+  const float cubic_lo = __fmaf_rn(c1, square_lo, __fmaf_rn(c1_lo, square, __fmaf_rn(c1, square, -cubic)));
+  const float large = max_or_second(c0, cubic), small = min_or_second(c0, cubic), p = large + small;
+  const float p_lo = (small - (p - large)) + (c0_lo + cubic_lo);
+  const float y = t * p, y_lo = __fmaf_rn(t, p_lo, __fmaf_rn(t, p, -y));
+  return times_sigmoid(x, x < 0.0f, exp_minus(y, y_lo));
+}
+
+}  // namespace moecore::cuda::dev

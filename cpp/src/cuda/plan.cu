@@ -1,0 +1,479 @@
+// plan: a stable counting sort of the routes by expert.
+//
+// Order inside an expert is by route. A tile of routes is ranked without atomics: warp w owns the routes
+// [w * 32 * rounds, ...) of the tile in rounds of 32; in a round the lanes with the same expert find each
+// other (ballots over the bits of the expert), a lane's rank is the number of them below it plus the warp's
+// count of the rounds before. Summing the warps' counts per expert in order then gives the stable rank in the
+// tile.
+//
+//   one launch: one block, or one cluster whose blocks read each other's counts. A single block builds the
+//   row order
+//     in shared memory first, because one SM writes scattered words to global memory at one a cycle.
+//   two launches: plan_count_kernel leaves counts[block][expert] of every block's contiguous share of the
+//   routes;
+//     plan_place_kernel sums the counts of the blocks before it, then ranks its share tile by tile.
+
+#include <string>
+
+#include "cuda/device/ptx.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/plan_policy.h"
+#include "cuda/policy_override.h"
+#include "cuda/runtime.h"
+#include "moecore/error.h"
+#include "ops/route.h"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxExpertsPerThread = static_cast<int>(kMaxExperts) / kPlanTileThreads;
+
+struct PlanArgs {
+  const void* ids;
+  bool ids_are_i64;
+  std::int64_t ids_stride;
+  unsigned num_routes, top_k;
+  int num_experts;
+  const std::int32_t* expert_map;
+  std::int64_t num_global, first_expert;
+  std::int32_t *expert_offsets, *scale_offsets, *row_token, *slot_row, *row_route, *sizes1, *sizes2;
+  std::int32_t scale_alignment, n1, hidden, inter;
+  bool swap_ab;
+  std::int32_t* counts;  // [blocks, num_experts]
+  unsigned routes_per_block;
+};
+
+// The local expert of route r, or -1.
+__device__ int expert_of(const PlanArgs& args, unsigned r) {
+  std::int64_t i = r;
+  if (args.ids_stride != args.top_k) {
+    const unsigned t = r / args.top_k;
+    i = t * args.ids_stride + (r - t * args.top_k);
+  }
+  std::int64_t id = args.ids_are_i64 ? static_cast<const std::int64_t*>(args.ids)[i]
+                                     : static_cast<const std::int32_t*>(args.ids)[i];
+  if (args.expert_map)
+    id = id >= 0 && id < args.num_global ? args.expert_map[id] : -1;
+  else
+    id -= args.first_expert;
+  return id >= 0 && id < args.num_experts ? static_cast<int>(id) : -1;
+}
+
+// What a thread knows of its routes in a tile: route round * 32 + lane of the warp's part.
+template <int kRounds>
+struct Tile {
+  int expert[kRounds];
+  int rank[kRounds];  // among the warp's routes of the same expert
+
+  static __device__ unsigned route(unsigned begin, int round) {
+    return begin + (threadIdx.x / 32 * kRounds + round) * 32 + threadIdx.x % 32;
+  }
+
+  __device__ void load(const PlanArgs& args, unsigned begin, unsigned end) {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i)
+      expert[i] = route(begin, i) < end ? expert_of(args, route(begin, i)) : -1;
+  }
+
+  // Adds the warp's routes to its zeroed counts[num_experts].
+  __device__ void rank_in_warp(std::uint16_t* counts, int num_experts) {
+    // The lanes with the same expert, bit by bit: the match instruction takes a step for every distinct
+    // value. Experts of -1 are no expert's lanes: the bits of num_experts hold a value that none has.
+    const int bits = 32 - __clz(num_experts);
+    unsigned same[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      same[i] = dev::kWholeWarp;
+      const unsigned key = expert[i] >= 0 ? expert[i] : num_experts;
+      for (int b = 0; b < bits; ++b) {
+        const bool bit = key >> b & 1;
+        const unsigned vote = __ballot_sync(dev::kWholeWarp, bit);
+        same[i] &= bit ? vote : ~vote;
+      }
+    }
+    const unsigned below = (1u << threadIdx.x % 32) - 1;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int before = expert[i] >= 0 ? counts[expert[i]] : 0;
+      rank[i] = before + __popc(same[i] & below);
+      __syncwarp();
+      if (expert[i] >= 0 && (same[i] & below) == 0)
+        counts[expert[i]] = static_cast<std::uint16_t>(before + __popc(same[i]));
+      __syncwarp();
+    }
+  }
+};
+
+// Turns the warps' counts of expert e into their exclusive sums; returns the expert's count in the tile.
+__device__ int sum_over_warps(std::uint16_t* counts, int num_warps, int num_experts, int e) {
+  int sum = 0;
+#pragma unroll 8
+  for (int w = 0; w < num_warps; ++w) {
+    const int count = counts[w * num_experts + e];
+    counts[w * num_experts + e] = static_cast<std::uint16_t>(sum);
+    sum += count;
+  }
+  return sum;
+}
+
+// A row that route r owns.
+__device__ __forceinline__ void write_row(const PlanArgs& args, int row, unsigned r) {
+  args.row_token[row] = static_cast<std::int32_t>(r / args.top_k);
+  if (args.row_route) args.row_route[row] = static_cast<std::int32_t>(r);
+}
+
+// The grid's share of the rows that no route owns.
+__device__ void clear_rows(const PlanArgs& args, int num_rows) {
+  for (unsigned row = num_rows + blockIdx.x * blockDim.x + threadIdx.x; row < args.num_routes;
+       row += gridDim.x * blockDim.x) {
+    args.row_token[row] = -1;
+    if (args.row_route) args.row_route[row] = -1;
+  }
+}
+
+__device__ void zero(std::uint16_t* counts, int n) {
+  // Two counts a store: n is even or the array is padded to 16 bytes.
+  auto* words = reinterpret_cast<std::uint32_t*>(counts);
+  for (int i = threadIdx.x; i < (n + 1) / 2; i += blockDim.x) words[i] = 0;
+}
+
+// A count and the number of scale blocks it fills in one integer, which sums both. Word is 32 bits where the
+// sums fit in 16 each (the one-launch form), else 64.
+template <class Word>
+struct Packed {
+  static constexpr int kHalf = sizeof(Word) * 4;
+
+  static __device__ Word make(int count, int align) {
+    return static_cast<Word>((count + align - 1) / align) << kHalf | static_cast<Word>(count);
+  }
+  static __device__ int count(Word w) { return static_cast<int>(w & ((Word{1} << kHalf) - 1)); }
+  static __device__ int blocks(Word w) { return static_cast<int>(w >> kHalf); }
+};
+
+// Everything that is one entry per expert. `first` and `scale_first` are the sums over the experts before e.
+__device__ void write_expert(const PlanArgs& args, int e, int count, int first, int scale_first) {
+  const int align = args.scale_alignment;
+  args.expert_offsets[e] = first;
+  args.scale_offsets[e] = scale_first;
+  if (e == args.num_experts - 1) {
+    args.expert_offsets[e + 1] = first + count;
+    args.scale_offsets[e + 1] = scale_first + (count + align - 1) / align * align;
+  }
+  auto write_sizes = [&](std::int32_t* sizes, int n, int k) {
+    if (!sizes) return;
+    sizes[3 * e] = args.swap_ab ? n : count;
+    sizes[3 * e + 1] = args.swap_ab ? count : n;
+    sizes[3 * e + 2] = k;
+  };
+  write_sizes(args.sizes1, args.n1, args.hidden);
+  write_sizes(args.sizes2, args.hidden, args.inter);
+}
+
+// The experts of a thread are consecutive.
+struct ExpertRange {
+  int begin, end;
+
+  __device__ explicit ExpertRange(int num_experts) {
+    const int per_thread = (num_experts + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+    begin = static_cast<int>(threadIdx.x) * per_thread;
+    end = min(begin + per_thread, num_experts);
+  }
+};
+
+// Turns counts[e] of all experts, each written by the thread whose range holds e, into their first rows
+// (visible after the caller's next barrier) and writes the per-expert outputs if `write`. Returns the number
+// of owned rows.
+template <class Word>
+__device__ int scan_experts(const PlanArgs& args, std::int32_t* counts, Word* scratch, bool write) {
+  using Pair = Packed<Word>;
+  const ExpertRange range(args.num_experts);
+  Word sum = 0;
+  for (int e = range.begin; e < range.end; ++e) sum += Pair::make(counts[e], args.scale_alignment);
+  Word total;
+  Word before = dev::block_exclusive_scan(sum, scratch, &total);
+  for (int e = range.begin; e < range.end; ++e) {
+    const int count = counts[e];
+    counts[e] = Pair::count(before);
+    if (write) write_expert(args, e, count, Pair::count(before), Pair::blocks(before) * args.scale_alignment);
+    before += Pair::make(count, args.scale_alignment);
+  }
+  return Pair::count(total);
+}
+
+template <int kRounds>
+__global__ void __launch_bounds__(kMaxThreads) plan_single_kernel(const PlanArgs args) {
+  extern __shared__ std::uint64_t smem[];
+  const unsigned num_blocks = gridDim.x, self = blockIdx.x;  // of the one cluster
+  const unsigned share = (args.num_routes + num_blocks - 1) / num_blocks;
+  const unsigned share_begin = self * share, share_end = min(share_begin + share, args.num_routes);
+  const int num_warps = static_cast<int>((share + 32 * kRounds - 1) / (32 * kRounds));  // that own routes
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  auto* scratch = reinterpret_cast<std::uint32_t*>(smem);
+  auto* offsets = reinterpret_cast<std::int32_t*>(smem + 32);
+  auto* block_counts = offsets + args.num_experts;  // read by the other blocks
+  auto* row_order = block_counts + args.num_experts;
+  auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (num_blocks == 1 ? args.num_routes : 0));
+  zero(counts, num_warps * args.num_experts);
+  dev::wait_for_predecessor();
+  dev::release_successor();
+
+  // Phase 1: ranks inside the warps, then inside the block.
+  Tile<kRounds> tile;
+  tile.load(args, share_begin, share_end);
+  __syncthreads();
+  if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
+  __syncthreads();
+  const ExpertRange range(args.num_experts);
+  for (int e = range.begin; e < range.end; ++e)
+    offsets[e] = block_counts[e] = sum_over_warps(counts, num_warps, args.num_experts, e);
+  // Phase 2: offsets of the experts, then of this block's part of each.
+  int before[kMaxExpertsPerThread] = {};
+  if (num_blocks > 1) {
+    dev::cluster_arrive();
+    dev::cluster_wait();
+#pragma unroll
+    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+      const int e = range.begin + i;
+      if (e >= range.end) break;
+      int total = 0;
+#pragma unroll
+      for (unsigned b = 0; b < kPlanClusterBlocks; ++b) {
+        const int count = dev::load_from_block(block_counts + e, b);
+        total += count;
+        before[i] += b < self ? count : 0;
+      }
+      offsets[e] = total;
+    }
+    dev::cluster_arrive();  // this block reads no other's memory from here on
+  }
+  const int num_rows = scan_experts(args, offsets, scratch, self == 0);
+#pragma unroll
+  for (int i = 0; i < kMaxExpertsPerThread; ++i)
+    if (range.begin + i < range.end) offsets[range.begin + i] += before[i];
+  __syncthreads();
+  // Phase 3: rows of slots, routes of rows.
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const unsigned r = Tile<kRounds>::route(share_begin, i);
+    if (r >= share_end) break;
+    const int e = tile.expert[i];
+    const int row = e >= 0 ? offsets[e] + counts[warp * args.num_experts + e] + tile.rank[i] : -1;
+    args.slot_row[r] = row;
+    if (row < 0) continue;
+    if (num_blocks == 1)
+      row_order[row] = static_cast<std::int32_t>(r);
+    else
+      write_row(args, row, r);
+  }
+  if (num_blocks == 1) {
+    __syncthreads();
+    for (int row = static_cast<int>(threadIdx.x); row < num_rows; row += static_cast<int>(blockDim.x))
+      write_row(args, row, static_cast<unsigned>(row_order[row]));
+  } else {
+    dev::cluster_wait();  // no block leaves while another reads its counts
+  }
+  clear_rows(args, num_rows);
+}
+
+__global__ void __launch_bounds__(kPlanTileThreads) plan_count_kernel(const PlanArgs args) {
+  extern __shared__ std::uint64_t smem[];
+  auto* counts = reinterpret_cast<std::int32_t*>(smem);
+  for (int e = threadIdx.x; e < args.num_experts; e += kPlanTileThreads) counts[e] = 0;
+  __syncthreads();
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  const unsigned begin = blockIdx.x * args.routes_per_block;
+  const unsigned end = min(begin + args.routes_per_block, args.num_routes);
+#pragma unroll 4
+  for (unsigned r = begin + threadIdx.x; r < end; r += kPlanTileThreads) {
+    const int e = expert_of(args, r);
+    if (e >= 0) atomicAdd(&counts[e], 1);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < args.num_experts; e += kPlanTileThreads)
+    args.counts[static_cast<std::int64_t>(blockIdx.x) * args.num_experts + e] = counts[e];
+}
+
+__global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const PlanArgs args) {
+  constexpr int kRounds = kPlanTileRounds;
+  constexpr int kNumWarps = kPlanTileThreads / 32;
+  extern __shared__ std::uint64_t smem[];
+  std::uint64_t* scratch = smem;
+  auto* offsets =
+      reinterpret_cast<std::int32_t*>(scratch + 32);  // where the block's next row of an expert goes
+  auto* counts = reinterpret_cast<std::uint16_t*>(offsets + args.num_experts);
+  auto* before =
+      reinterpret_cast<std::int32_t*>(counts);  // rows of the blocks before this one; counts come later
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  dev::wait_for_predecessor();
+  dev::release_successor();
+
+  // Phase 1: totals and the sums of the blocks before this one. The blocks' counts are read by groups of
+  // threads that take every num_groups-th block and add up in shared memory; integer sums do not depend on
+  // the order.
+  auto* totals = offsets;
+  for (int e = threadIdx.x; e < args.num_experts; e += kPlanTileThreads) totals[e] = before[e] = 0;
+  __syncthreads();
+  const int num_blocks = static_cast<int>(gridDim.x), self = static_cast<int>(blockIdx.x);
+  const int width = min(kPlanTileThreads, (args.num_experts + 31) / 32 * 32);
+  const int num_groups = kPlanTileThreads / width, group = static_cast<int>(threadIdx.x) / width;
+  for (int e = static_cast<int>(threadIdx.x) % width; e < args.num_experts && group < num_groups;
+       e += width) {
+    int total = 0, below = 0;
+#pragma unroll 16
+    for (int b = group; b < num_blocks; b += num_groups) {
+      const int count = args.counts[b * args.num_experts + e];
+      total += count;
+      below += b < self ? count : 0;
+    }
+    atomicAdd(&totals[e], total);
+    atomicAdd(&before[e], below);
+  }
+  __syncthreads();
+  // Phase 2: offsets of the experts, then of this block's part of each.
+  const int num_rows = scan_experts(args, totals, scratch, self == 0);
+  __syncthreads();
+  for (int e = threadIdx.x; e < args.num_experts; e += kPlanTileThreads) offsets[e] += before[e];
+
+  // Phase 3: tile by tile.
+  const unsigned share = self * args.routes_per_block;
+  const unsigned share_end = min(share + args.routes_per_block, args.num_routes);
+  for (unsigned begin = share; begin < share_end; begin += kPlanTile) {
+    Tile<kRounds> tile;
+    tile.load(args, begin, share_end);
+    __syncthreads();
+    zero(counts, kNumWarps * args.num_experts);
+    __syncthreads();
+    tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
+    __syncthreads();
+    int placed[kMaxExpertsPerThread] = {};
+#pragma unroll
+    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+      const int e = static_cast<int>(threadIdx.x) + i * kPlanTileThreads;
+      if (e < args.num_experts) placed[i] = sum_over_warps(counts, kNumWarps, args.num_experts, e);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const unsigned r = Tile<kRounds>::route(begin, i);
+      if (r >= share_end) break;
+      const int e = tile.expert[i];
+      const int row = e >= 0 ? offsets[e] + counts[warp * args.num_experts + e] + tile.rank[i] : -1;
+      args.slot_row[r] = row;
+      if (row >= 0) write_row(args, row, r);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+      const int e = static_cast<int>(threadIdx.x) + i * kPlanTileThreads;
+      if (e < args.num_experts) offsets[e] += placed[i];
+    }
+  }
+  clear_rows(args, num_rows);
+}
+
+auto select_single_kernel(int rounds) {
+  switch (rounds) {
+    case 1:
+      return plan_single_kernel<1>;
+    case 2:
+      return plan_single_kernel<2>;
+    case 4:
+      return plan_single_kernel<4>;
+    default:
+      return plan_single_kernel<8>;
+  }
+}
+
+std::string describe(const PlanPolicy& policy) {
+  return std::string("cuda, launches=") + std::to_string(policy.launches) +
+         " blocks=" + std::to_string(policy.blocks) + " threads=" + std::to_string(policy.threads) +
+         " rounds=" + std::to_string(policy.rounds);
+}
+
+std::size_t workspace_bytes(const PlanPolicy& policy, std::int64_t num_experts) {
+  return policy.launches == 1 ? 0 : static_cast<std::size_t>(policy.blocks * num_experts * 4);
+}
+
+// The selected policy with the caller's changes.
+PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int compute_capability,
+                         const ExecContext& ctx) {
+  PlanPolicy policy = select_plan_policy(num_routes, num_experts, compute_capability);
+  if (ctx.policy.empty()) return policy;
+  override_policy("plan", ctx.policy,
+                  {{"launches", &policy.launches, {1, 2}},
+                   {"blocks", &policy.blocks, {1, kPlanClusterBlocks, 16, 32, 64, 128}},
+                   {"threads", &policy.threads, {32, 64, 128, 256, 512, 1024}},
+                   {"rounds", &policy.rounds, {1, 2, 4, 8}}});
+  const std::int64_t held = static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds;
+  const bool one_cluster =
+      policy.blocks == 1 || (policy.blocks == kPlanClusterBlocks && compute_capability >= 90);
+  const bool holds = policy.launches == 1
+                         ? one_cluster && held >= num_routes && num_routes <= kPlanClusterMaxRoutes &&
+                               policy.threads * kMaxExpertsPerThread >= num_experts
+                         : policy.threads == kPlanTileThreads && policy.rounds == kPlanTileRounds;
+  if (!holds || ctx.workspace.size() < workspace_bytes(policy, num_experts))
+    throw InvalidArgument(
+        "plan: policy is \"" + std::string(ctx.policy) +
+        "\", expected launches=1 with room for all routes in one cluster, or launches=2 with "
+        "threads=" +
+        std::to_string(kPlanTileThreads) + " rounds=" + std::to_string(kPlanTileRounds) +
+        " and a workspace of blocks * num_experts * 4 bytes");
+  return policy;
+}
+
+}  // namespace
+
+std::size_t plan_workspace_bytes(std::int64_t num_routes, std::int64_t num_experts) {
+  constexpr int kWithoutClusters = 80;  // what every device can run
+  return workspace_bytes(select_plan_policy(num_routes, num_experts, kWithoutClusters), num_experts);
+}
+
+void plan(const PlanProblem& p, const ExecContext& ctx) {
+  const DeviceInfo& device = open_device("plan", ctx);
+  const std::int64_t num_routes = p.num_tokens * p.top_k;
+  const PlanPolicy policy = choose_policy(num_routes, p.num_experts, device.compute_capability, ctx);
+  if (explained(ctx, "plan", [&] { return describe(policy); })) return;
+
+  PlanArgs args{.ids = p.ids.data,
+                .ids_are_i64 = p.ids.is_i64,
+                .ids_stride = p.ids_stride,
+                .num_routes = static_cast<unsigned>(num_routes),
+                .top_k = static_cast<unsigned>(p.top_k),
+                .num_experts = static_cast<int>(p.num_experts),
+                .expert_map = p.expert_map,
+                .num_global = p.num_global,
+                .first_expert = p.first_expert,
+                .expert_offsets = p.expert_offsets,
+                .scale_offsets = p.scale_offsets,
+                .row_token = p.row_token,
+                .slot_row = p.slot_row,
+                .row_route = p.row_route,
+                .sizes1 = p.problem_sizes1,
+                .sizes2 = p.problem_sizes2,
+                .scale_alignment = static_cast<std::int32_t>(p.scale_alignment),
+                .n1 = static_cast<std::int32_t>(p.gated ? 2 * p.inter : p.inter),
+                .hidden = static_cast<std::int32_t>(p.hidden),
+                .inter = static_cast<std::int32_t>(p.inter),
+                .swap_ab = p.swap_ab,
+                .counts = reinterpret_cast<std::int32_t*>(ctx.workspace.data()),
+                .routes_per_block = 0};
+  const DeviceGuard guard(device);
+  LaunchConfig config{.grid = dim3(policy.blocks),
+                      .block = dim3(policy.threads),
+                      .smem_bytes = plan_smem_bytes(policy, num_routes, p.num_experts),
+                      .stream = stream(ctx),
+                      .dependent = true};
+  if (policy.launches == 1) {
+    config.cluster = dim3(policy.blocks);
+    launch("plan", device, config, select_single_kernel(policy.rounds), args);
+    return;
+  }
+  const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks;
+  args.routes_per_block = static_cast<unsigned>((share + kPlanTile - 1) / kPlanTile * kPlanTile);
+  launch("plan", device, config, plan_count_kernel, args);
+  launch("plan", device, config, plan_place_kernel, args);
+}
+
+}  // namespace moecore::cuda
