@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -29,8 +30,26 @@ inline void relax() {
 #endif
 }
 
-// Workers wait for a new job number: first by spinning, so that the ops of a layer, which follow each other
-// within microseconds, find them awake, then on a condition variable.
+// How long an idle worker spins before it sleeps. The ops of a layer follow each other within microseconds
+// and find it awake; waking a sleeping thread takes 50 us, and up to a scheduler tick.
+constexpr auto kSpinTime = std::chrono::microseconds(200);
+
+// Spins until done() or kSpinTime has passed; whether done.
+template <class Done>
+bool spin_until(Done done) {
+  const auto begin = std::chrono::steady_clock::now();
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() - begin < kSpinTime);
+  return false;
+}
+
+// A job is open to every worker that comes in time. The caller starts on the tasks at once, closes the job
+// when none is left and waits for those who joined, not for those who still sleep: a small job never takes
+// longer than the caller would alone.
 class Pool {
  public:
   // False when the pool is busy (a nested call, or another thread of the program): the caller then works
@@ -43,38 +62,62 @@ class Pool {
     closure_ = closure;
     tasks_ = tasks;
     next_.store(0, std::memory_order_relaxed);
-    pending_.store(threads - 1, std::memory_order_relaxed);
+    left_.store(0, std::memory_order_relaxed);
+    int sleepers;
     {
       std::lock_guard lock(mutex_);
-      const std::uint64_t number = (job_.load(std::memory_order_relaxed) >> kThreadBits) + 1;
-      job_.store(number << kThreadBits | static_cast<unsigned>(threads), std::memory_order_release);
+      const State last{state_.load(std::memory_order_relaxed)};
+      state_.store(State::open(last.number() + 1, threads - 1).word, std::memory_order_release);
+      sleepers = sleepers_;
     }
-    wake_.notify_all();
+    if (sleepers > 0) wake_.notify_all();
     work(0);
-    for (int spin = 0; pending_.load(std::memory_order_acquire) != 0; ++spin)
-      spin < kSpins ? relax() : std::this_thread::yield();
+    const State closed{state_.fetch_and(~State::kOpen, std::memory_order_acquire)};
+    auto all_left = [&] { return left_.load(std::memory_order_acquire) == closed.joined(); };
+    while (!spin_until(all_left)) std::this_thread::yield();
     return true;
   }
 
  private:
-  void grow(int workers) {
-    while (workers_ < workers) {
-      const int id = ++workers_;
-      std::thread([this, id, seen = job_.load()] { worker(id, seen); }).detach();
+  // The job's number, whether it is open, how many workers may join and how many have: one word, so that a
+  // worker joins the very job it has seen.
+  struct State {
+    static constexpr std::uint64_t kOpen = 1ull << 31;
+    std::uint64_t word;
+
+    static State open(std::uint32_t number, int limit) {
+      return {std::uint64_t{number} << 32 | kOpen | static_cast<std::uint64_t>(limit) << 16};
     }
+    std::uint32_t number() const { return static_cast<std::uint32_t>(word >> 32); }
+    int limit() const { return static_cast<int>(word >> 16 & 0x7fff); }
+    int joined() const { return static_cast<int>(word & 0xffff); }
+    bool joinable() const { return (word & kOpen) && joined() < limit(); }
+  };
+
+  State state(std::memory_order order) const { return {state_.load(order)}; }
+
+  void grow(int workers) {
+    for (; workers_ < workers; ++workers_)
+      std::thread([this, seen = state(std::memory_order_relaxed).number()] { worker(seen); }).detach();
   }
 
-  void worker(int id, std::uint64_t seen) {
+  void worker(std::uint32_t seen) {
     for (;;) {
-      for (int spin = 0; spin < kSpins && job_.load(std::memory_order_acquire) == seen; ++spin) relax();
-      if (job_.load(std::memory_order_acquire) == seen) {
+      auto new_job = [&] { return state(std::memory_order_relaxed).number() != seen; };
+      if (!spin_until(new_job)) {
         std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
+        ++sleepers_;
+        wake_.wait(lock, new_job);
+        --sleepers_;
       }
-      seen = job_.load(std::memory_order_acquire);
-      if (id >= static_cast<int>(seen & ((1 << kThreadBits) - 1))) continue;  // not asked this time
-      work(id);
-      pending_.fetch_sub(1, std::memory_order_release);
+      State now = state(std::memory_order_relaxed);
+      while (now.joinable() &&
+             !state_.compare_exchange_weak(now.word, now.word + 1, std::memory_order_acquire))
+        relax();
+      seen = now.number();
+      if (!now.joinable()) continue;
+      work(now.joined() + 1);
+      left_.fetch_add(1, std::memory_order_release);
     }
   }
 
@@ -83,17 +126,13 @@ class Pool {
       fn_(closure_, task, thread);
   }
 
-  static constexpr int kSpins = 20000;  // about 0.2 ms
-  static constexpr int kThreadBits = 16;
-
   std::mutex busy_, mutex_;
   std::condition_variable wake_;
-  // Job number, and in the low bits how many threads take part. One word, so that a worker that wakes late
-  // never pairs one job's number with another's thread count.
-  std::atomic<std::uint64_t> job_{0};
-  std::atomic<std::int64_t> next_{0};
-  std::atomic<int> pending_{0};
+  alignas(64) std::atomic<std::uint64_t> state_{0};
+  alignas(64) std::atomic<std::int64_t> next_{0};
+  alignas(64) std::atomic<int> left_{0};  // workers that joined the job and are done with it
   int workers_ = 0;
+  int sleepers_ = 0;
   std::int64_t tasks_ = 0;
   detail::TaskFn fn_ = nullptr;
   void* closure_ = nullptr;
