@@ -1,0 +1,190 @@
+// The CUDA launch policies are plain host code: whatever the problem and the device, what they choose must be
+// within the limits of every GPU and cover the problem.
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/activate_policy.h"
+#include "cuda/finalize_policy.h"
+#include "cuda/permute_policy.h"
+#include "cuda/plan_policy.h"
+#include "cuda/policy_override.h"
+#include "cuda/route_policy.h"
+
+namespace moecore::test {
+namespace {
+
+constexpr int kMaxThreads = 1024, kMaxGridY = 65535;
+constexpr std::int64_t kMaxGridX = 2147483647;
+const std::vector<int> kSmCounts = {1, 20, 84, 108, 132, 148, 170};
+const std::vector<std::int64_t> kCounts = {0, 1, 2, 7, 64, 1000, 65536, 1000003, std::int64_t{1} << 31};
+const std::vector<std::int64_t> kWidths = {0, 1, 2, 8, 31, 33, 1000, 2880, 4096, 7168, 16384, 1 << 20};
+
+// An address with exactly the given alignment; never read.
+void* address(std::uintptr_t alignment) {
+  return reinterpret_cast<void*>((std::uintptr_t{1} << 40) + alignment);
+}
+
+TEST(PolicyPermute, StaysWithinTheHardwareAndCoversTheRow) {
+  for (int sms : kSmCounts)
+    for (std::int64_t rows : kCounts)
+      for (std::int64_t row_bytes : kWidths)
+        for (std::uintptr_t alignment : {16, 8, 4, 2, 1})
+          for (bool by_token : {false, true}) {
+            SCOPED_TRACE(::testing::Message() << sms << " SMs, " << rows << " rows of " << row_bytes
+                                              << " bytes at " << alignment << " by token " << by_token);
+            const std::int32_t slot = 0;
+            PermuteProblem p;
+            p.x = p.out = static_cast<std::byte*>(address(alignment));
+            p.x_rows = p.out_rows = rows;
+            p.x_pitch = p.out_pitch = p.row_bytes = row_bytes;
+            p.slot_row = by_token ? &slot : nullptr;
+            const cuda::PermutePolicy policy = cuda::select_permute_policy(p, sms, 50 << 20);
+            ASSERT_GE(policy.threads, 32);
+            ASSERT_LE(policy.threads, kMaxThreads);
+            ASSERT_EQ(policy.threads % 32, 0);
+            ASSERT_TRUE(policy.unroll == 1 || policy.unroll == 2 || policy.unroll == 4);
+            // No vector access at an address that is not a multiple of it.
+            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(p.x) % policy.vector_bytes, 0u);
+            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(p.out) % policy.vector_bytes, 0u);
+            if (rows > 1) {
+              ASSERT_EQ(row_bytes % policy.vector_bytes, 0);
+            }
+            const int slices = cuda::permute_slices(policy, row_bytes);
+            ASSERT_GE(slices, 1);
+            ASSERT_LE(slices, kMaxGridY);
+          }
+}
+
+TEST(PolicyPermute, VectorWidthIsTheCommonAlignment) {
+  EXPECT_EQ(cuda::common_alignment(0), 16);
+  EXPECT_EQ(cuda::common_alignment(64), 16);
+  EXPECT_EQ(cuda::common_alignment(16 | 8), 8);
+  EXPECT_EQ(cuda::common_alignment(16 | 4), 4);
+  EXPECT_EQ(cuda::common_alignment(6), 2);
+  EXPECT_EQ(cuda::common_alignment(16 | 1), 1);
+}
+
+TEST(PolicyFinalize, StaysWithinTheHardware) {
+  for (int sms : kSmCounts)
+    for (std::int64_t num_tokens : kCounts)
+      for (std::int64_t hidden : kWidths)
+        for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+          for (std::int64_t top_k : {0, 1, 2, 3, 4, 8, 64, 1000})
+            for (std::uintptr_t alignment : {16, 4}) {
+              SCOPED_TRACE(::testing::Message() << sms << " SMs T=" << num_tokens << " H=" << hidden << " K="
+                                                << top_k << " " << name(dtype) << " at " << alignment);
+              FinalizeProblem p;
+              p.rows = p.out = address(alignment);
+              p.num_rows = p.num_tokens = num_tokens;
+              p.rows_stride = p.out_stride = p.hidden = hidden;
+              p.dtype = dtype;
+              p.top_k = top_k;
+              const cuda::FinalizePolicy policy = cuda::select_finalize_policy(p, sms);
+              ASSERT_GE(policy.threads, 32);
+              ASSERT_LE(policy.threads, kMaxThreads);
+              ASSERT_EQ(policy.threads % 32, 0);
+              ASSERT_TRUE(policy.slots == 1 || policy.slots == 2 || policy.slots == 4 || policy.slots == 8);
+              const std::int64_t row_bytes = hidden * bit_width(dtype) / 8;
+              if (policy.vectors) {
+                ASSERT_EQ(alignment % 16, 0u);
+                ASSERT_EQ(row_bytes % 16, 0) << "a tail that vectors do not reach";
+              }
+            }
+}
+
+TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
+  std::vector<std::int64_t> routes = kCounts;
+  for (std::int64_t r : {511, 512, 513, 1023, 1024, 4096, 8191, 8192, 8193, 32767, 32768, 32769, 2147483647})
+    routes.push_back(r);
+  for (int compute_capability : {80, 86, 89, 90, 100, 120})
+    for (std::int64_t num_routes : routes)
+      for (std::int64_t num_experts : {1, 2, 31, 32, 33, 64, 128, 256, 257, 512, 1024, 2047, 2048}) {
+        SCOPED_TRACE(::testing::Message() << "sm_" << compute_capability << " " << num_routes << " routes, "
+                                          << num_experts << " experts");
+        const cuda::PlanPolicy policy = cuda::select_plan_policy(num_routes, num_experts, compute_capability);
+        ASSERT_TRUE(policy.launches == 1 || policy.launches == 2);
+        ASSERT_GE(policy.threads, 32);
+        ASSERT_LE(policy.threads, kMaxThreads);
+        ASSERT_EQ(policy.threads % 32, 0);
+        ASSERT_GE(policy.blocks, 1);
+        // 99 KiB is what a block may have on the smallest supported architectures (sm_86, sm_89, sm_120).
+        ASSERT_LE(cuda::plan_smem_bytes(policy, num_routes, num_experts), std::size_t{99} * 1024);
+        if (policy.launches == 1) {
+          // Clusters exist from Hopper on; 8 blocks is the portable size.
+          ASSERT_TRUE(policy.blocks == 1 || (compute_capability >= 90 && policy.blocks <= 8));
+          ASSERT_GE(static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds, num_routes);
+        } else {
+          ASSERT_LE(policy.blocks, cuda::kPlanMaxBlocks);
+        }
+      }
+}
+
+TEST(PolicyRoute, AWarpHoldsEveryExpert) {
+  for (int sms : kSmCounts)
+    for (std::int64_t num_tokens : kCounts)
+      for (std::int64_t num_experts = 1; num_experts <= kMaxExperts; ++num_experts) {
+        const cuda::RoutePolicy policy = cuda::select_route_policy(num_tokens, num_experts, sms);
+        ASSERT_GE(policy.per_lane * 32, num_experts);
+        ASSERT_LE(policy.per_lane, 64);
+        ASSERT_GE(policy.threads, 32);
+        ASSERT_LE(policy.threads, kMaxThreads);
+        ASSERT_EQ(policy.threads % 32, 0);
+      }
+}
+
+TEST(PolicyActivate, StaysWithinTheHardware) {
+  for (int sms : kSmCounts)
+    for (std::int64_t rows : kCounts)
+      for (std::int64_t inter : kWidths)
+        for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+          for (std::uintptr_t alignment : {16, 4})
+            for (int max_threads_per_sm : {1024, 1536, 2048}) {
+              SCOPED_TRACE(::testing::Message() << sms << " SMs R=" << rows << " I=" << inter << " "
+                                                << name(dtype) << " at " << alignment);
+              ActivateProblem p;
+              p.x = p.out = address(alignment);
+              p.x_stride = 2 * inter;
+              p.out_stride = p.inter = inter;
+              p.rows = rows;
+              p.dtype = dtype;
+              const cuda::ActivatePolicy policy = cuda::select_activate_policy(p, sms, max_threads_per_sm);
+              ASSERT_GE(policy.threads, 32);
+              ASSERT_LE(policy.threads, kMaxThreads);
+              ASSERT_EQ(policy.threads % 32, 0);
+              ASSERT_GE(policy.blocks, 1);
+              ASSERT_LE(policy.blocks, kMaxGridX);
+              if (policy.vectors) {
+                ASSERT_EQ(alignment % 16, 0u);
+                ASSERT_EQ(inter * bit_width(dtype) / 8 % 16, 0) << "a tail that vectors do not reach";
+              }
+            }
+}
+
+TEST(PolicyOverride, ReplacesNamedFieldsAndRefusesOthers) {
+  int threads = 256, unroll = 4;
+  const auto apply = [&](std::string_view text) {
+    cuda::override_policy("op", text,
+                          {{"threads", &threads, {64, 128, 256}}, {"unroll", &unroll, {1, 2, 4}}});
+  };
+  apply("");
+  EXPECT_EQ(threads, 256);
+  apply("threads=128 unroll=1");
+  EXPECT_EQ(threads, 128);
+  EXPECT_EQ(unroll, 1);
+  for (const char* wrong :
+       {"threads=100", "thread=128", "threads", "threads=", "threads=128x", "unroll=-1"}) {
+    try {
+      apply(wrong);
+      ADD_FAILURE() << wrong << " was accepted";
+    } catch (const InvalidArgument& e) {
+      EXPECT_NE(std::string(e.what()).find("threads=64|128|256"), std::string::npos) << e.what();
+    }
+  }
+  EXPECT_EQ(threads, 128);
+}
+
+}  // namespace
+}  // namespace moecore::test
