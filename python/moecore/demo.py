@@ -131,7 +131,8 @@ def explain(op: str, model: str, tokens: int, dtype: str, device: str) -> str:
         "transpose_experts": lambda: ((empty(e, h, 2 * i),), {}),
     }
     arguments, options = calls[op]()
-    return moecore.explain(op, *arguments, **options)
+    reasons = moecore.explain(op, *arguments, **options)
+    return f"{op} of {model}, {tokens} tokens, {dtype}, {arrays}\n{reasons}"
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -215,18 +216,23 @@ def _random_experts(
 def _require_memory(layer: MoeLayer, tokens: int, dtype: str, scale: float) -> None:
     """DemoError with a scale that fits, when the layer does not fit into this machine's free memory."""
     available = _available_bytes()
-    rows = tokens * layer.top_k * (2 * layer.hidden + 3 * layer.inter) * ITEMSIZE[dtype]
-    check = 8 * 5 * layer.weights_per_expert  # one expert in float64 and what its products need
-    slack = 300_000_000
-    needed = layer.weight_bytes(ITEMSIZE[dtype]) + rows + check + slack
+    needed = _needed_bytes(layer, tokens, dtype)
     if needed <= available:
         return
-    room = max(0, available - rows - check - slack)
-    fitting = math.floor(100 * scale * room / layer.weight_bytes(ITEMSIZE[dtype])) / 100
-    advice = f"try --scale {fitting:g}" if fitting >= 0.01 else "try a smaller model or fewer --tokens"
+    full = MODELS[layer.name]
+    smaller = (s / 100 for s in range(math.ceil(100 * scale) - 1, 0, -1))
+    fitting = next((s for s in smaller if _needed_bytes(full.scaled(s), tokens, dtype) <= available), None)
+    advice = "try fewer --tokens" if fitting is None else f"try --scale {fitting:g}"
     raise DemoError(
         f"{layer.name} in {dtype} needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: {advice}"
     )
+
+
+def _needed_bytes(layer: MoeLayer, tokens: int, dtype: str) -> int:
+    """Memory of the demo: weights, the stages' rows, the check's view of one expert, the interpreter."""
+    rows = 2 * tokens * layer.top_k * (2 * layer.hidden + 3 * layer.inter)
+    float64 = 8 * 4 * layer.weights_per_expert  # itself, absolute values, and what NumPy makes on the way
+    return layer.weight_bytes(ITEMSIZE[dtype]) + rows * ITEMSIZE[dtype] + float64 + 200_000_000
 
 
 def _available_bytes() -> float:
