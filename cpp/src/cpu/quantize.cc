@@ -20,12 +20,12 @@ namespace moecore::cpu {
 namespace {
 
 constexpr std::int64_t kPiece = 4096;  // columns; a multiple of every block and of kActivatePiece
-constexpr std::int64_t kPieceBlocks = kPiece / 16;
+constexpr std::int64_t kPieceBlocks = kQuantizeBlocks;
 constexpr std::int64_t kSlack = 16;             // floats behind an array that vectors may write
 constexpr std::int64_t kGrainElements = 32768;  // a task's least work, about 10 us
 constexpr std::size_t kMaxThreads = 1024;       // the pool's own limit
 
-static_assert(kPiece % 128 == 0 && kPiece % kActivatePiece == 0);
+static_assert(kPiece == 16 * kPieceBlocks && kPiece % kActivatePiece == 0);
 
 std::int64_t round_up(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b * b;
@@ -113,21 +113,28 @@ const void* source_piece(const QuantizeProblem& p, std::int64_t row, std::int64_
   return buffer;
 }
 
-float larger(float a, float b) {  // a NaN counts for nothing
-  return b > a || numeric::is_nan(a) ? b : a;
-}
+/// The largest magnitude of some elements that is not NaN (NaN if there is none), and whether all are finite.
+struct Largest {
+  float amax = numeric::from_bits(numeric::kNanBits);
+  bool finite = true;
 
-/// Largest magnitude of one whole source row.
-float row_amax(const QuantizeProblem& p, std::int64_t row) {
+  void include(const Largest& other) {
+    if (other.amax > amax || numeric::is_nan(amax)) amax = other.amax;
+    finite = finite && other.finite;
+  }
+};
+
+/// Of one whole source row.
+Largest largest_of_row(const QuantizeProblem& p, std::int64_t row) {
   alignas(64) std::byte buffer[kPiece * sizeof(float)];
-  float most = numeric::from_bits(numeric::kNanBits);
+  Largest all;
   for (std::int64_t c = 0; c < p.cols; c += kPiece) {
     const std::int64_t n = std::min(kPiece, p.cols - c);
     alignas(64) float amax[1 + kSlack];
-    kernels().quantize_amax(p.dtype, source_piece(p, row, c, n, buffer), n, n, amax);
-    most = larger(most, amax[0]);
+    const bool finite = kernels().quantize_amax(p.dtype, source_piece(p, row, c, n, buffer), n, kPiece, amax);
+    all.include({amax[0], finite});
   }
-  return most;
+  return all;
 }
 
 /// The scales of a piece's blocks (as bytes or as floats) and the factors that bring its elements to codes.
@@ -208,22 +215,25 @@ void zero_padding(const ScaleRef& s, const ExpertRowsRef& experts, std::int64_t 
 /// Quantises one source row and writes it to `count` rows of the output.
 class RowQuantizer {
  public:
-  RowQuantizer(const QuantizeProblem& p, float tensor_factor) : p_(p), tensor_factor_(tensor_factor) {}
+  /// `tensor_factor` and whether all rows are finite are for the fp8 tensor format alone.
+  RowQuantizer(const QuantizeProblem& p, float tensor_factor, bool finite) : p_(p), finite_(finite) {
+    scales_.factor[0] = tensor_factor;
+  }
 
   void run(std::int64_t source, const std::int32_t* targets, std::int64_t count) {
     const std::int64_t block = p_.format.block();
     const bool whole_row = block == 0;
-    if (whole_row) row_scale(source);
+    if (p_.format.granularity == Granularity::kToken && whole_row) row_scale(source);
     for (std::int64_t c = 0; c < p_.padded_cols; c += kPiece) {
       const std::int64_t padded = std::min(kPiece, p_.padded_cols - c);
       const std::int64_t n = std::clamp<std::int64_t>(p_.cols - c, 0, padded);
       const void* x = n > 0 ? source_piece(p_, source, c, n, buffer_) : nullptr;
       std::uint8_t* codes = data(targets[0], c);
       if (whole_row) {
-        kernels().quantize_encode(p_.dtype, false, x, n, std::max<std::int64_t>(n, 1), scales_.factor, codes);
+        kernels().quantize_encode(p_.dtype, false, finite_, x, n, kPiece, scales_.factor, codes);
       } else {
         block_scales(x, n, padded, block, targets[0]);
-        kernels().quantize_encode(p_.dtype, e2m1_, x, n, block, scales_.factor, codes);
+        kernels().quantize_encode(p_.dtype, e2m1_, finite_, x, n, block, scales_.factor, codes);
       }
       const std::size_t used = static_cast<std::size_t>(code_bytes(n)),
                         all = static_cast<std::size_t>(code_bytes(padded));
@@ -246,12 +256,10 @@ class RowQuantizer {
   Place place(std::int64_t row) const { return place_of(p_.experts, p_.scales.layout, row); }
 
   void row_scale(std::int64_t source) {
-    if (p_.format.granularity == Granularity::kTensor) {
-      scales_.factor[0] = tensor_factor_;
-    } else {
-      scales_.amax[0] = row_amax(p_, source);
-      scales_.compute(p_.format, 1, 1.0f);
-    }
+    const Largest largest = largest_of_row(p_, source);
+    scales_.amax[0] = largest.amax;
+    finite_ = largest.finite;
+    scales_.compute(p_.format, 1, 1.0f);
   }
 
   void block_scales(const void* x, std::int64_t n, std::int64_t padded, std::int64_t block,
@@ -260,7 +268,9 @@ class RowQuantizer {
                        padded_blocks = round_up((padded + block - 1) / block, kScaleWord);
     float global = 1.0f;
     if (p_.global_scale) global = p_.global_scale[p_.global_scale_per_expert ? place(target).expert : 0];
-    kernels().quantize_amax(p_.dtype, x, n, block, scales_.amax);
+    // Within these bounds the factors of finite blocks are finite and positive.
+    const bool usual = global >= 0x1p-100f && global <= 0x1p100f;
+    finite_ = kernels().quantize_amax(p_.dtype, x, n, block, scales_.amax) && usual;
     scales_.compute(p_.format, blocks, global);
     std::memset(scales_.bytes + blocks, 0, static_cast<std::size_t>(padded_blocks - blocks));
     std::fill(scales_.floats + blocks, scales_.floats + std::min(padded_blocks, kPieceBlocks), 0.0f);
@@ -275,42 +285,45 @@ class RowQuantizer {
 
   const QuantizeProblem& p_;
   const bool e2m1_ = p_.format.data_dtype() == DType::kE2M1;
-  const float tensor_factor_;
+  bool finite_;  // no NaN in what is encoded next, nor in its factors
   PieceScales scales_;
   alignas(64) std::byte buffer_[kPiece * sizeof(float)];
 };
 
-/// The largest magnitude of the live rows, over all threads.
-template <class RowAmax>
-float amax_of_rows(const ExecContext& ctx, std::int64_t rows, std::int64_t grain, RowAmax&& amax_of_row) {
-  const std::int64_t tasks = (rows + grain - 1) / grain;
-  std::array<float, kMaxThreads> most;
-  most.fill(numeric::from_bits(numeric::kNanBits));
-  parallel_for(ctx, tasks, [&](std::int64_t task, int thread) {
-    float& mine = most[static_cast<std::size_t>(thread)];
+/// Over the rows for which `of_row` is called, on all threads.
+template <class OfRow>
+Largest largest_of_rows(const ExecContext& ctx, std::int64_t rows, std::int64_t grain, OfRow&& of_row) {
+  std::array<Largest, kMaxThreads> by_thread;
+  parallel_for(ctx, (rows + grain - 1) / grain, [&](std::int64_t task, int thread) {
     for (std::int64_t r = task * grain; r < std::min(rows, (task + 1) * grain); ++r)
-      mine = larger(mine, amax_of_row(r));
+      by_thread[static_cast<std::size_t>(thread)].include(of_row(r));
   });
-  float all = most[0];
-  for (float m : most) all = larger(all, m);
+  Largest all;
+  for (const Largest& part : by_thread) all.include(part);
   return all;
 }
 
 /// The factor of the fp8 tensor format, 0 for the others. A dynamic scale is found and stored first.
-float tensor_factor(const QuantizeProblem& p, std::int64_t rows, std::int64_t grain, const ExecContext& ctx) {
-  if (p.format.kind != QuantKind::kFp8 || p.format.granularity != Granularity::kTensor) return 0.0f;
-  float scale;
-  if (p.format.static_scale) {
-    std::memcpy(&scale, p.scales.data, sizeof scale);
-  } else {
-    const float amax = amax_of_rows(ctx, rows, grain, [&](std::int64_t r) {
-      return row_is_live(p.experts, r) ? row_amax(p, r) : numeric::from_bits(numeric::kNanBits);
-    });
-    scale = clamp_amax(p.format, amax) / 448.0f;
-    std::memcpy(p.scales.data, &scale, sizeof scale);
+struct TensorFactor {
+  float factor = 0.0f;
+  bool finite = false;
+
+  TensorFactor(const QuantizeProblem& p, std::int64_t rows, std::int64_t grain, const ExecContext& ctx) {
+    if (p.format.kind != QuantKind::kFp8 || p.format.granularity != Granularity::kTensor) return;
+    float scale;
+    if (p.format.static_scale) {
+      std::memcpy(&scale, p.scales.data, sizeof scale);
+    } else {
+      const Largest largest = largest_of_rows(ctx, rows, grain, [&](std::int64_t r) {
+        return row_is_live(p.experts, r) ? largest_of_row(p, r) : Largest{};
+      });
+      finite = largest.finite;
+      scale = clamp_amax(p.format, largest.amax) / 448.0f;
+      std::memcpy(p.scales.data, &scale, sizeof scale);
+    }
+    factor = reciprocal(scale);
   }
-  return reciprocal(scale);
-}
+};
 
 }  // namespace
 
@@ -325,9 +338,9 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
               threads_for(ctx, (by_token ? p.rows : p.out_rows) / grain)))
     return;
   const std::int64_t live_rows = rows_bound(p.experts, p.out_rows);
-  const float factor = tensor_factor(p, live_rows, grain, ctx);
+  const TensorFactor tensor(p, live_rows, grain, ctx);
   parallel_chunks(ctx, by_token ? p.rows : live_rows, grain, [&](std::int64_t begin, std::int64_t end) {
-    RowQuantizer quantizer(p, factor);
+    RowQuantizer quantizer(p, tensor.factor, tensor.finite);
     for (std::int64_t r = begin; r < end; ++r) {
       if (by_token) {
         // The token's live slots, a few at a time.
@@ -389,10 +402,10 @@ void global_scale(const GlobalScaleProblem& p, const ExecContext& ctx) {
   if (explain(ctx, "global_scale", "one pass", threads_for(ctx, p.rows / grain))) return;
   const QuantizeProblem source{.x = p.x, .dtype = p.dtype, .x_stride = p.x_stride, .cols = p.cols};
   auto scale_of = [&](std::int64_t begin, std::int64_t end) {
-    const float amax = amax_of_rows(ctx, std::max<std::int64_t>(0, end - begin), grain, [&](std::int64_t r) {
-      return row_is_live(p.experts, begin + r) ? row_amax(source, begin + r)
-                                               : numeric::from_bits(numeric::kNanBits);
-    });
+    const float amax =
+        largest_of_rows(ctx, std::max<std::int64_t>(0, end - begin), grain, [&](std::int64_t r) {
+          return row_is_live(p.experts, begin + r) ? largest_of_row(source, begin + r) : Largest{};
+        }).amax;
     constexpr float kLargest = std::numeric_limits<float>::max();
     return amax > 0.0f ? std::min(2688.0f / std::min(amax, kLargest), kLargest) : 1.0f;
   };

@@ -17,6 +17,9 @@ inline constexpr std::int64_t kActivatePiece = 512;
 /// Lanes of partial sums, maxima and buffers' padding that route keeps on every level.
 inline constexpr std::int64_t kRouteLanes = 16;
 
+/// Most blocks of a row that the steps of quantize handle at a time.
+inline constexpr std::int64_t kQuantizeBlocks = 256;
+
 /// Every function works on a part of a problem, so that the caller splits it over threads.
 struct Kernels {
   void (*route)(const RouteProblem&, std::int64_t token_begin, std::int64_t token_end);
@@ -26,8 +29,8 @@ struct Kernels {
   /// out[i] = f(gate[i]) * (up[i] + beta), for grouped_gemm's epilogue: see kernels/activation.inl.
   void (*activate_floats)(const Activation&, const float* gate, const float* up, float* out, std::int64_t n);
   // The steps of quantize and dequantize on n columns in blocks of `block`: see kernels/quantize.inl.
-  void (*quantize_amax)(DType, const void* x, std::int64_t n, std::int64_t block, float* amax);
-  void (*quantize_encode)(DType, bool e2m1, const void* x, std::int64_t n, std::int64_t block,
+  bool (*quantize_amax)(DType, const void* x, std::int64_t n, std::int64_t block, float* amax);
+  void (*quantize_encode)(DType, bool e2m1, bool finite, const void* x, std::int64_t n, std::int64_t block,
                           const float* factor, std::uint8_t* out);
   void (*nvfp4_scales)(const float* amax, std::int64_t n, float global, std::uint8_t* scale, float* factor);
   void (*dequantize_decode)(DType, bool e2m1, const std::uint8_t* codes, std::int64_t n, std::int64_t block,

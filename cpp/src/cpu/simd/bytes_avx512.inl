@@ -1,4 +1,4 @@
-// Byte and nibble codes in vectors of 16 integers. bytes_baseline.inl documents the API.
+// Bytes, nibbles and words in vectors of 16 integers and 32 words. bytes_baseline.inl documents the API.
 
 MOECORE_INLINE Ints operator&(Ints a, Ints b) {
   return {_mm512_and_si512(a.v, b.v)};
@@ -25,4 +25,79 @@ MOECORE_INLINE void store_nibbles(std::uint8_t* p, Ints a) {
   // Pairs as even + 16 * odd, then the low byte of each of the eight sums.
   const __m256i pairs = _mm256_madd_epi16(_mm512_cvtepi32_epi16(a.v), _mm256_set1_epi32(1 | 16 << 16));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_cvtepi32_epi8(pairs));
+}
+
+struct Words {
+  __m512i v;
+};
+
+MOECORE_INLINE Words set_words(int x) {
+  return {_mm512_set1_epi16(static_cast<short>(x))};
+}
+MOECORE_INLINE Words operator&(Words a, Words b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+MOECORE_INLINE Words operator|(Words a, Words b) {
+  return {_mm512_or_si512(a.v, b.v)};
+}
+MOECORE_INLINE Words operator-(Words a, Words b) {
+  return {_mm512_sub_epi16(a.v, b.v)};
+}
+template <int N>
+MOECORE_INLINE Words shift_right(Words a) {
+  return {_mm512_srli_epi16(a.v, N)};
+}
+
+// The order of a pair: of every eight elements a has the first four and b the others, which is what unpacking
+// words gives and what packing them again undoes.
+MOECORE_INLINE Words load_pair(const BF16* p, Vec& a, Vec& b) {
+  const __m512i w = _mm512_loadu_si512(p);
+  const __m512i magnitude = _mm512_and_si512(w, _mm512_set1_epi16(0x7FFF)), zero = _mm512_setzero_si512();
+  a.v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, magnitude));
+  b.v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, magnitude));
+  return {w};
+}
+MOECORE_INLINE Words load_pair(const F16* p, Vec& a, Vec& b) {
+  const __m512i w = _mm512_loadu_si512(p);
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i halves = _mm512_permutexvar_epi64(order, _mm512_and_si512(w, _mm512_set1_epi16(0x7FFF)));
+  a.v = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+  return {w};
+}
+MOECORE_INLINE Words load_pair(const float* p, Vec& a, Vec& b) {
+  const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+  const __m512 x = _mm512_shuffle_f32x4(low, high, 0x88), y = _mm512_shuffle_f32x4(low, high, 0xDD);
+  a = abs(Vec{x});
+  b = abs(Vec{y});
+  return {_mm512_packs_epi32(_mm512_srai_epi32(_mm512_castps_si512(x), 16),
+                             _mm512_srai_epi32(_mm512_castps_si512(y), 16))};
+}
+MOECORE_INLINE Vec set_pair(const float* f) {
+  return {_mm512_insertf32x8(_mm512_set1_ps(f[0]), _mm256_set1_ps(f[1]), 1)};
+}
+MOECORE_INLINE Words pack(Ints a, Ints b) {
+  return {_mm512_packus_epi32(a.v, b.v)};
+}
+MOECORE_INLINE void store_bytes(std::uint8_t* p, Words w, Words v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(w.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm512_cvtepi16_epi8(v.v));
+}
+MOECORE_INLINE void store_nibbles(std::uint8_t* p, Words w, Words v) {
+  const __m512i weights = _mm512_set1_epi32(1 | 16 << 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_madd_epi16(w.v, weights)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm512_cvtepi32_epi8(_mm512_madd_epi16(v.v, weights)));
+}
+
+MOECORE_INLINE std::uint16_t max_magnitude(const std::uint16_t* p, std::int64_t n) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7FFF);
+  __m256i most = _mm256_setzero_si256();
+  for (std::int64_t i = 0; i < n; ++i) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
+    most = _mm256_max_epi16(most, _mm256_and_si256(x, magnitude));
+  }
+  const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  // The instruction finds the least of eight words.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+  return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(least));
 }

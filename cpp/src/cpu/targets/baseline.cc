@@ -1,7 +1,9 @@
 // The kernels for any CPU.
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/simd/target.h"
