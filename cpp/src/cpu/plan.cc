@@ -7,7 +7,6 @@
 #include "ops/plan.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/explain.h"
 #include "cpu/thread_pool.h"
@@ -65,7 +64,8 @@ void place_part(const PlanProblem& p, std::int64_t t0, std::int64_t t1, std::int
   }
 }
 
-// expert_offsets, scale_offsets, problem sizes; counts [parts, E] become first rows. Returns the rows in use.
+// Turns counts [parts, E] into the first row of every part in every expert, and writes the offsets. Returns
+// the number of rows in use. Loops run over experts inside parts, so that all but the scan vectorise.
 std::int64_t prefix(const PlanProblem& p, std::int32_t* counts, std::int64_t parts) {
   const std::int64_t num_experts = p.num_experts;
   std::int32_t* const offsets = p.expert_offsets;
@@ -74,24 +74,23 @@ std::int64_t prefix(const PlanProblem& p, std::int32_t* counts, std::int64_t par
     for (std::int64_t e = 0; e < num_experts; ++e) offsets[e + 1] += counts[part * num_experts + e];
 
   const auto align = static_cast<std::int32_t>(p.scale_alignment);
-  const auto wide = static_cast<std::int32_t>(p.gated ? 2 * p.inter : p.inter);
-  const auto inter = static_cast<std::int32_t>(p.inter), hidden = static_cast<std::int32_t>(p.hidden);
-  auto write_sizes = [&](std::int32_t* sizes, std::int32_t count, std::int32_t n, std::int32_t k) {
-    sizes[0] = p.swap_ab ? n : count;
-    sizes[1] = p.swap_ab ? count : n;
-    sizes[2] = k;
+  const bool power_of_two = (align & (align - 1)) == 0;  // a division takes longer than the rest of the scan
+  auto round_up = [&](std::int32_t count) {
+    return power_of_two ? (count + align - 1) & -align : (count + align - 1) / align * align;
   };
   std::int32_t rows = 0, scale_rows = 0;
   offsets[0] = p.scale_offsets[0] = 0;
   for (std::int64_t e = 0; e < num_experts; ++e) {
     const std::int32_t count = offsets[e + 1];
-    if (p.problem_sizes1) write_sizes(p.problem_sizes1 + 3 * e, count, wide, hidden);
-    if (p.problem_sizes2) write_sizes(p.problem_sizes2 + 3 * e, count, hidden, inter);
     offsets[e + 1] = rows += count;
-    p.scale_offsets[e + 1] = scale_rows += (count + align - 1) / align * align;
+    p.scale_offsets[e + 1] = scale_rows += round_up(count);
   }
 
   // Part 0 starts at the expert's first row, every other part where the one before it ends.
+  if (parts == 1) {
+    std::copy_n(offsets, num_experts, counts);
+    return rows;
+  }
   std::int32_t* next = counts + parts * num_experts;
   std::copy_n(offsets, num_experts, next);
   for (std::int64_t part = 0; part < parts; ++part)
@@ -101,6 +100,16 @@ std::int64_t prefix(const PlanProblem& p, std::int32_t* counts, std::int64_t par
       next[e] += count;
     }
   return rows;
+}
+
+// sizes [E,3]: every expert's (count, n, k), or (n, count, k) with swap_ab.
+void write_problem_sizes(const PlanProblem& p, std::int32_t* sizes, std::int64_t n, std::int64_t k) {
+  if (!sizes) return;
+  for (std::int64_t e = 0; e < p.num_experts; ++e) {
+    sizes[3 * e + (p.swap_ab ? 1 : 0)] = p.expert_offsets[e + 1] - p.expert_offsets[e];
+    sizes[3 * e + (p.swap_ab ? 0 : 1)] = static_cast<std::int32_t>(n);
+    sizes[3 * e + 2] = static_cast<std::int32_t>(k);
+  }
 }
 
 }  // namespace
@@ -132,6 +141,8 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
                  : count_part<std::int32_t>(p, local_expert, t0, t1, mine);
   });
   const std::int64_t rows = prefix(p, counts, parts);
+  write_problem_sizes(p, p.problem_sizes1, p.gated ? 2 * p.inter : p.inter, p.hidden);
+  write_problem_sizes(p, p.problem_sizes2, p.hidden, p.inter);
   for_each_part([&](std::int64_t t0, std::int64_t t1, std::int32_t* mine) { place_part(p, t0, t1, mine); });
   std::fill(p.row_token + rows, p.row_token + num_routes, -1);
   if (p.row_route) std::fill(p.row_route + rows, p.row_route + num_routes, -1);

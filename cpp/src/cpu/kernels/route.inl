@@ -190,7 +190,8 @@ void route_token(const RouteProblem& p, std::int64_t t, RouteBuffers& b) {
       if (softmax) sum = sum_of_exponentials(b.key, n, top, keys_are_scores ? b.score : nullptr);
       if (keys_are_scores) {
         for (std::int64_t e = 0; e < n; e += W) {
-          const Vec x = load(b.key + e), score = identity ? x : softmax ? load(b.score + e) / set(sum) : sigmoid(x);
+          const Vec x = load(b.key + e);
+          const Vec score = identity ? x : softmax ? load(b.score + e) / set(sum) : sigmoid(x);
           const Vec bias =
               p.bias ? load_n(p.bias + e, p.num_experts - e > 0 ? p.num_experts - e : 0) : set(0.0f);
           store(b.score + e, score);
