@@ -80,9 +80,7 @@ OpCall::OpCall(const char* op, const TensorArg& first, StreamArg stream)
 }
 
 const TensorView& OpCall::in(const char* argument, const TensorArg& arg) const {
-  if (!arg.bad_type.empty()) throw InvalidType(std::string(op_) + ": " + argument + " is " + arg.bad_type);
-  if (!arg.bad_argument.empty())
-    throw InvalidArgument(std::string(op_) + ": " + argument + " is " + arg.bad_argument);
+  arg.check(op_, argument);
   return arg.view;
 }
 

@@ -146,7 +146,8 @@ void bind_plan(nb::module_& m) {
       "ids"_a, "expert_offsets"_a, "scale_offsets"_a, "row_token"_a, "slot_row"_a, "row_route"_a = nb::none(),
       "problem_sizes1"_a = nb::none(), "problem_sizes2"_a = nb::none(), nb::kw_only(), "num_experts"_a,
       "expert_map"_a = nb::none(), "first_expert"_a = 0, "scale_alignment"_a = 128, "hidden"_a = 0,
-      "inter"_a = 0, "gated"_a = true, "swap_ab"_a = false, "workspace"_a = nb::none(), "stream"_a = nb::none());
+      "inter"_a = 0, "gated"_a = true, "swap_ab"_a = false, "workspace"_a = nb::none(),
+      "stream"_a = nb::none());
   m.def(
       "plan_workspace_bytes",
       [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts, std::string_view device) {

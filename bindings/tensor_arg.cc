@@ -166,7 +166,7 @@ void count_nibbles(TensorView& view) {
 void read_tensor(TensorArg& arg, const dlpack::Tensor& t, std::uint64_t flags) {
   const std::optional<DType> dtype = dtype_of(t.dtype);
   if (!dtype || (*dtype == DType::kE2M1 && (flags & dlpack::kFlagSubBytePadded))) {
-    arg.bad_type = describe_unknown_dtype(arg.source, t.dtype);
+    arg.refuse_type(describe_unknown_dtype(arg.source, t.dtype));
     return;
   }
   TensorView& view = arg.view;
@@ -180,13 +180,13 @@ void read_tensor(TensorArg& arg, const dlpack::Tensor& t, std::uint64_t flags) {
       view.device = {DeviceType::kCUDA, t.device.id};
       break;
     default:
-      arg.bad_type = "a " + qualified_type(arg.source) + " on a device of DLPack kind " +
-                     std::to_string(t.device.kind) + ", expected one on cpu or cuda";
+      arg.refuse_type("a " + qualified_type(arg.source) + " on a device of DLPack kind " +
+                      std::to_string(t.device.kind) + ", expected one on cpu or cuda");
       return;
   }
   if (t.ndim > TensorView::kMaxDims) {
-    arg.bad_argument = "a tensor of " + std::to_string(t.ndim) + " dimensions, expected at most " +
-                       std::to_string(TensorView::kMaxDims);
+    arg.refuse_value("a tensor of " + std::to_string(t.ndim) + " dimensions, expected at most " +
+                     std::to_string(TensorView::kMaxDims));
     return;
   }
   view.dtype = *dtype;
@@ -223,8 +223,8 @@ void load_exchange(TensorArg& arg, const TypeEntry& entry) {
       return read_tensor(arg, managed->tensor, managed->flags);
     }
   }
-  arg.bad_type =
-      "a " + qualified_type(arg.source) + " that cannot be exported (" + take_error() + ")" + kExpected;
+  arg.refuse_type("a " + qualified_type(arg.source) + " that cannot be exported (" + take_error() + ")" +
+                  kExpected);
 }
 
 // Calls object.__dlpack__ without synchronisation; null with a Python exception set when that fails.
@@ -267,18 +267,18 @@ void load_protocol(TensorArg& arg, nb::handle object, Producer producer) {
       arg.view.dtype = row.dtype;
       return;
     }
-    arg.bad_type = "a " + qualified_type(object) + (name.empty() ? "" : " of dtype " + name) +
-                   " that cannot be exported (" + why + ")" + kExpected;
+    arg.refuse_type("a " + qualified_type(object) + (name.empty() ? "" : " of dtype " + name) +
+                    " that cannot be exported (" + why + ")" + kExpected);
     if (name == "float4_e2m1fn")
-      arg.bad_type +=
+      arg.problem->text +=
           "; NumPy's float4 holds one element per byte: pack two to a uint8 and use view_as(x, \"e2m1\")";
     return;
   }
   if (void* p = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
     const auto* managed = static_cast<const dlpack::ManagedVersioned*>(p);
     if (managed->version.major != dlpack::kMajorVersion) {
-      arg.bad_type = "a " + qualified_type(object) + " exported as DLPack " +
-                     std::to_string(managed->version.major) + ".x, expected DLPack 1.x";
+      arg.refuse_type("a " + qualified_type(object) + " exported as DLPack " +
+                      std::to_string(managed->version.major) + ".x, expected DLPack 1.x");
       return;
     }
     read_tensor(arg, managed->tensor, managed->flags);
@@ -286,8 +286,8 @@ void load_protocol(TensorArg& arg, nb::handle object, Producer producer) {
     PyErr_Clear();
     p = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
     if (!p) {
-      arg.bad_type = "a " + qualified_type(object) + " whose __dlpack__ gave no capsule (" + take_error() +
-                     ")" + kExpected;
+      arg.refuse_type("a " + qualified_type(object) + " whose __dlpack__ gave no capsule (" + take_error() +
+                      ")" + kExpected);
       return;
     }
     read_tensor(arg, static_cast<const dlpack::Managed*>(p)->tensor, 0);
@@ -299,7 +299,7 @@ void load_protocol(TensorArg& arg, nb::handle object, Producer producer) {
 
 void load_retagged(TensorArg& arg, const Retagged& tag) {
   arg.load(tag.base);
-  if (!arg.bad_type.empty() || !arg.bad_argument.empty()) return;
+  if (arg.problem) return;
   if (tag.dtype == DType::kE2M1 && bit_width(arg.view.dtype) == 8) count_nibbles(arg.view);
   arg.view.dtype = tag.dtype;
 }
@@ -311,8 +311,7 @@ Retagged retag(nb::object base, std::string_view name) {
                           "\", expected a moecore dtype such as \"e4m3\", \"e2m1\", \"e8m0\" or \"bf16\"");
   TensorArg arg;
   arg.load(base);
-  if (!arg.bad_type.empty()) throw InvalidType("view_as: x is " + arg.bad_type);
-  if (!arg.bad_argument.empty()) throw InvalidArgument("view_as: x is " + arg.bad_argument);
+  arg.check("view_as", "x");
   const int bits = bit_width(arg.view.dtype), wanted = bit_width(*dtype);
   const bool packed = *dtype == DType::kE2M1 && bits == 8 && arg.view.ndim > 0;
   if (bits != wanted && !packed)
@@ -324,6 +323,12 @@ Retagged retag(nb::object base, std::string_view name) {
 
 }  // namespace
 
+void TensorArg::fail(const char* op, const char* argument) const {
+  const std::string text = std::string(op) + ": " + argument + " is " + problem->text;
+  if (problem->is_type) throw InvalidType(text);
+  throw InvalidArgument(text);
+}
+
 void TensorArg::load(nb::handle object) {
   source = object;
   try {
@@ -334,13 +339,13 @@ void TensorArg::load(nb::handle object) {
       case Producer::kRetagged:
         return load_retagged(*this, *nb::inst_ptr<Retagged>(object));
       case Producer::kNone:
-        bad_type = "a " + qualified_type(object) + kExpected;
+        refuse_type("a " + qualified_type(object) + kExpected);
         return;
       default:
         return load_protocol(*this, object, entry.producer);
     }
   } catch (const std::exception& error) {
-    bad_type = std::string("an object that cannot be read (") + error.what() + ")" + kExpected;
+    refuse_type(std::string("an object that cannot be read (") + error.what() + ")" + kExpected);
   }
 }
 

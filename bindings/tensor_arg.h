@@ -13,7 +13,9 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "dlpack_abi.h"
 #include "moecore/error.h"
@@ -26,12 +28,27 @@ namespace nb = nanobind;
 struct TensorArg {
   TensorView view;
   const dlpack::ExchangeApi* api = nullptr;
-  nb::handle source;         // borrowed: the caller's object
-  nb::object owner;          // keeps an exported capsule alive
-  std::string bad_type;      // set: not a tensor that moecore reads; "<actual>, expected <expectation>"
-  std::string bad_argument;  // set: a tensor of a shape moecore does not read
+  nb::handle source;  // borrowed: the caller's object
+  nb::object owner;   // keeps an exported capsule alive
+
+  /// Why this is no argument: "<actual>, expected <expectation>", and whether that is a matter of type.
+  struct Problem {
+    bool is_type;
+    std::string text;
+  };
+  std::unique_ptr<Problem> problem;
 
   void load(nb::handle object);
+  void refuse_type(std::string text) { problem.reset(new Problem{true, std::move(text)}); }
+  void refuse_value(std::string text) { problem.reset(new Problem{false, std::move(text)}); }
+  /// Throws InvalidType or InvalidArgument "<op>: <argument> is <problem>" when there is one.
+  void check(const char* op, const char* argument) const {
+    if (problem) [[unlikely]]
+      fail(op, argument);
+  }
+
+ private:
+  [[noreturn]] void fail(const char* op, const char* argument) const;
 };
 
 /// moecore.view_as(): the memory of `base` under another element type.

@@ -1,13 +1,14 @@
 """What moecore knows of tensor frameworks: how to allocate like a tensor, and where its work runs.
 
-The only module that does. A framework is looked up in `sys.modules` when one of its tensors arrives and is never
-imported first.
+The only module that does. A framework is looked up in `sys.modules` when one of its tensors arrives and is
+never imported first.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from moecore._core import Retagged
@@ -76,7 +77,6 @@ class _Torch(Framework):
     def __init__(self) -> None:
         torch = sys.modules["torch"]
         self._torch = torch
-        self._empty = torch.empty
         self._grad_enabled = torch.is_grad_enabled
         self.compiling = torch.compiler.is_compiling  # type: ignore[method-assign]
         self._dtypes = {short: getattr(torch, name) for short, name in _NAMES.items() if hasattr(torch, name)}
@@ -84,7 +84,7 @@ class _Torch(Framework):
             self._dtypes["e2m1"] = torch.float4_e2m1fn_x2
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        return self._empty(shape, dtype=self._dtypes[dtype] if dtype else like.dtype, device=like.device)
+        return like.new_empty(shape, dtype=self._dtypes[dtype]) if dtype else like.new_empty(shape)
 
     def on_host(self, x: Any) -> bool:
         return not x.is_cuda
@@ -169,7 +169,7 @@ class _Jax(Framework):
             if isinstance(tensor, self._jax.Array):
                 if any(device.platform != "cpu" for device in tensor.devices()):
                     raise NotImplementedError(
-                        f"{op}: JAX arrays are taken on cpu only; export the array to torch or CuPy with DLPack"
+                        f"{op}: JAX arrays are taken on cpu only; bring it to torch or CuPy with DLPack"
                     )
                 tensor.block_until_ready()
 
@@ -215,7 +215,9 @@ class _Other(Framework):
         self._package = package
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
-        raise TypeError(f"moecore cannot allocate tensors of {self._package}; pass out= (and workspace= on cuda)")
+        raise TypeError(
+            f"moecore cannot allocate tensors of {self._package}; pass out= (and workspace= on cuda)"
+        )
 
     def on_host(self, x: Any) -> bool:
         return bool(x.__dlpack_device__()[0] in (1, 3))
@@ -249,16 +251,16 @@ def _recognise(op: str, argument: str, x: Any) -> Framework:
             break
     else:
         if not hasattr(kind, "__dlpack__"):
-            name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+            name = (
+                kind.__qualname__
+                if kind.__module__ == "builtins"
+                else f"{kind.__module__}.{kind.__qualname__}"
+            )
             raise TypeError(
                 f"{op}: {argument} is a {name}, expected a tensor: an object of a type with __dlpack__ "
                 "(torch, NumPy, CuPy, JAX, ...)"
             )
-        package = kind.__module__.partition(".")[0]
-
-        def make() -> Framework:
-            return _Other(package)
-
+        make = partial(_Other, kind.__module__.partition(".")[0])
     _BY_TYPE[kind] = framework = make()
     return framework
 

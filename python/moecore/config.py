@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from moecore import _core
@@ -38,7 +39,11 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     config: dict[str, Any] = {
         "version": _core.version(),
         "cpu": cpu_features(),
-        "cuda": {"architectures": cuda_archs(), "devices": devices, "unavailable": why if devices == 0 else None},
+        "cuda": {
+            "architectures": cuda_archs(),
+            "devices": devices,
+            "unavailable": why if devices == 0 else None,
+        },
         "ops": {op: list(_core.supported(op)) for op in OPS},
         "cmake_dir": cmake_dir(),
         "include_dir": include_dir(),
@@ -58,29 +63,26 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     return None
 
 
-def _package_path(*parts: str) -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), *parts)
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def include_dir() -> str | None:
     """The directory of the C++ headers in this installation, or None for a build without them."""
-    path = _package_path("include")
-    return path if os.path.isdir(path) else None
+    path = _PACKAGE / "include"
+    return str(path) if path.is_dir() else None
 
 
 def cmake_dir() -> str | None:
     """The directory of moecore-config.cmake in this installation, or None for a build without it."""
-    for library in ("lib", "lib64"):
-        path = _package_path(library, "cmake", "moecore")
-        if os.path.isdir(path):
-            return path
-    return None
+    path = _PACKAGE / "lib" / "cmake" / "moecore"
+    return str(path) if path.is_dir() else None
 
 
 def configure_logging(level: str | None = None) -> None:
-    """Logs to the logger "moecore" which kernel each op takes: "info" each distinct choice once, "debug" every call.
+    """Logs to the logger "moecore" which kernel each op takes.
 
-    Called on import with the environment variable MOECORE_LOG. None or "off" stops it.
+    "info" logs each choice once, "debug" every call. Called on import with the environment variable
+    MOECORE_LOG. None or "off" stops it.
     """
     level = (level or "off").lower()
     if level in ("off", "0", ""):

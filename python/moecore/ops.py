@@ -1,11 +1,13 @@
-"""The ops as Python functions: they allocate outputs with the framework of the first argument and call moecore._core.
+"""The ops as Python functions: they allocate with the framework of the first argument and call _core.
 
-Letters: T tokens, K experts per token (top_k), E experts, H hidden, I inter, R = T*K rows. Every function takes
-tensors of any DLPack framework; `out=` writes into the caller's tensors instead of allocating; `stream=` is None (the
-framework's current stream), an int pointer, or an object with `__cuda_stream__`, and means nothing on CPU.
+Letters: T tokens, K experts per token (top_k), E experts, H hidden, I inter, R = T*K rows. Every function
+takes tensors of any DLPack framework; `out=` writes into the caller's tensors instead of allocating;
+`stream=` is None (the framework's current stream), an int pointer, or an object with `__cuda_stream__`, and
+means nothing on CPU.
 
-Errors: TypeError for an element type or a non-tensor, ValueError for a shape, device or value, NotImplementedError
-for valid input without a kernel in this build, BackendError for a missing device. Outputs are untouched in each case.
+Errors: TypeError for an element type or a non-tensor, ValueError for a shape, device or value,
+NotImplementedError for valid input without a kernel in this build, BackendError for a missing device. Outputs
+are untouched in each case.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ def _compiled() -> Any:
 
 def _dim(x: Any, axis: int) -> int:
     """x.shape[axis], or 0 where there is none: the op then refuses `x` itself."""
-    shape = x.shape
-    return int(shape[axis]) if -len(shape) <= axis < len(shape) else 0
+    try:
+        return x.shape[axis]  # type: ignore[no-any-return]
+    except (AttributeError, IndexError):
+        return 0
 
 
 def route(
@@ -56,15 +60,26 @@ def route(
 
     logits [T,E] f32|f16|bf16 -> (weights f32 [T,K], ids i32 [T,K]), 1 <= K <= E <= 2048. f32 inside.
 
-    `scoring` is "softmax", "sigmoid" or "identity" (the logits are scores already). `bias` f32 [E] is added to the score for selection only. Of `num_groups` equal
-    groups of experts only the `topk_groups` best compete, ranked by "top2_sum" or "max". Ties go to the lower expert;
-    an expert whose logit or bias is not finite is never selected; a slot without an expert has id -1 and weight 0.
-    `renormalize` divides a token's weights by their sum, then `scale` multiplies them. `is_padding` (bool|u8 [T])
-    marks tokens whose ids are all -1. Semantics: vLLM topk_softmax / grouped_topk in f32, DeepSeek-V3 noaux_tc.
+    `scoring` is "softmax", "sigmoid" or "identity" (the logits are scores already). `bias` f32 [E] is added
+    to the score for selection only. Of `num_groups` equal groups of experts only the `topk_groups` best
+    compete, ranked by "top2_sum" or "max". Ties go to the lower expert; an expert whose logit or bias is not
+    finite is never selected; a slot without an expert has id -1 and weight 0. `renormalize` divides a token's
+    weights by their sum, then `scale` multiplies them. `is_padding` (bool|u8 [T]) marks tokens whose ids are
+    all -1. Semantics: vLLM topk_softmax / grouped_topk in f32, DeepSeek-V3 noaux_tc.
     """
     if (compiled := _compiled()) is not None:
         return compiled.route(  # type: ignore[no-any-return]
-            logits, top_k, scoring, bias, num_groups, topk_groups, group_score, renormalize, scale, is_padding, out
+            logits,
+            top_k,
+            scoring,
+            bias,
+            num_groups,
+            topk_groups,
+            group_score,
+            renormalize,
+            scale,
+            is_padding,
+            out,
         )
     fw = framework_of("route", "logits", logits)
     fw.admit("route", logits, bias)
@@ -145,13 +160,16 @@ def plan(
 ) -> Plan:
     """Groups the routes of `ids` (i32|i64 [T,K]) by expert. Stable: inside an expert rows ascend by route.
 
-    `num_experts` counts local experts. A global id g is local expert `expert_map[g]` (i32 [G], -1 = not here), or
-    without a map g - `first_expert`; routes outside [0, num_experts) are dropped (slot_row = -1). `scale_offsets` rounds every
-    expert's count up to `scale_alignment`. `problem_sizes` = (hidden, inter) also fills the two [E,3] tables, for a gated activation unless `gated` is False, and with the first
-    two columns exchanged with `swap_ab`.
+    `num_experts` counts local experts. A global id g is local expert `expert_map[g]` (i32 [G], -1 = not
+    here), or without a map g - `first_expert`; routes outside [0, num_experts) are dropped (slot_row = -1).
+    `scale_offsets` rounds every expert's count up to `scale_alignment`. `problem_sizes` = (hidden, inter)
+    also fills the two [E,3] tables, for a gated activation unless `gated` is False, and with the first two
+    columns exchanged with `swap_ab`.
     """
     if (compiled := _compiled()) is not None:
-        return compiled.plan(ids, num_experts, expert_map, first_expert, scale_alignment, problem_sizes, gated, swap_ab, out)  # type: ignore[no-any-return]
+        return compiled.plan(  # type: ignore[no-any-return]
+            ids, num_experts, expert_map, first_expert, scale_alignment, problem_sizes, gated, swap_ab, out
+        )
     fw = framework_of("plan", "ids", ids)
     fw.admit("plan", ids, expert_map)
     num_tokens, top_k, experts = _dim(ids, 0), _dim(ids, 1), max(int(num_experts), 0)
@@ -198,15 +216,17 @@ def permute(x: TensorT, plan: Plan, *, out: TensorT | None = None, stream: Strea
     return fw.finish(rows)  # type: ignore[no-any-return]
 
 
-def shuffle_rows(x: TensorT, map: DLPackTensor, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
-    """out[d] = x[map[d]], zeros where map[d] is outside [0, S). x [S,C] of any dtype, map i32|i64 [D] -> [D,C].
+def shuffle_rows(
+    x: TensorT, map: DLPackTensor, *, out: TensorT | None = None, stream: StreamLike = None
+) -> TensorT:
+    """out[d] = x[map[d]], zeros where map[d] is outside [0, S).
 
-    Semantics: vLLM / SGLang shuffle_rows, for any width and alignment.
+    x [S,C] of any dtype, map i32|i64 [D] -> [D,C]. Semantics: vLLM / SGLang shuffle_rows, for any width and
+    alignment.
     """
     if (compiled := _compiled()) is not None:
         return compiled.shuffle_rows(x, map, out)  # type: ignore[no-any-return]
     fw = framework_of("shuffle_rows", "x", x)
-    framework_of("shuffle_rows", "map", map)
     fw.admit("shuffle_rows", x, map)
     rows = fw.empty(x, (_dim(map, 0), _dim(x, 1))) if out is None else out
     _core.shuffle_rows(x, map, rows, stream=stream)
@@ -227,10 +247,11 @@ def activate(
 ) -> TensorT:
     """f(gate) * (up + beta). x [R,2I] f32|f16|bf16 -> [R,I]; order "plain": f(x), [R,I] -> [R,I].
 
-    `kind`: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, swiglu_oai. `order`: "gate_up" and "up_gate" (halves),
-    "interleaved" (gate at even columns), "plain". `limit` clamps gate from above and up from both sides. Left out, alpha,
-    beta and limit are 1.702, 1 and 7 for swiglu_oai (gpt-oss), else 1, 0 and infinity. With `expert_offsets` (i32
-    [E+1]) rows from expert_offsets[E] on are left as they are. NaN propagates.
+    `kind`: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, swiglu_oai. `order`: "gate_up" and "up_gate"
+    (halves), "interleaved" (gate at even columns), "plain". `limit` clamps gate from above and up from both
+    sides. Left out, alpha, beta and limit are 1.702, 1 and 7 for swiglu_oai (gpt-oss), else 1, 0 and
+    infinity. With `expert_offsets` (i32 [E+1]) rows from expert_offsets[E] on are left as they are. NaN
+    propagates.
     """
     if (compiled := _compiled()) is not None:
         return compiled.activate(x, kind, order, alpha, beta, limit, expert_offsets, out)  # type: ignore[no-any-return]
@@ -272,17 +293,28 @@ def grouped_gemm(
 ) -> TensorT:
     """out[r] = x[r] @ weights[e].T for the rows r of expert e, accumulated in f32 and rounded once.
 
-    x [R,K], weights [E,N,K], expert_offsets i32 [E+1] -> [R,N]; one dtype of f32|bf16|f16. In this order: `row_weights`
-    [R] multiply a row's product, `bias` [E,N] is added, `activation` (with `order`, `alpha`, `beta`, `limit` as in
-    activate()) is applied to the f32 result and halves the columns. With `row_token` i32 [R], row r reads
-    x[row_token[r]] of x [T,K]. Rows from expert_offsets[E] on are left as they are: uninitialised without `out`.
+    x [R,K], weights [E,N,K], expert_offsets i32 [E+1] -> [R,N]; one dtype of f32|bf16|f16. In this order:
+    `row_weights` [R] multiply a row's product, `bias` [E,N] is added, `activation` (with `order`, `alpha`,
+    `beta`, `limit` as in activate()) is applied to the f32 result and halves the columns. With `row_token`
+    i32 [R], row r reads x[row_token[r]] of x [T,K]. Rows from expert_offsets[E] on are left as they are:
+    uninitialised without `out`.
     """
     if (compiled := _compiled()) is not None:
         return compiled.grouped_gemm(  # type: ignore[no-any-return]
-            x, weights, expert_offsets, bias, row_token, activation, order, alpha, beta, limit, row_weights, out
+            x,
+            weights,
+            expert_offsets,
+            bias,
+            row_token,
+            activation,
+            order,
+            alpha,
+            beta,
+            limit,
+            row_weights,
+            out,
         )
     fw = framework_of("grouped_gemm", "x", x)
-    framework_of("grouped_gemm", "weights", weights)
     fw.admit("grouped_gemm", x, weights, bias, row_weights)
     num_rows, n = _dim(x if row_token is None else row_token, 0), _dim(weights, 1)
     if out is None:
@@ -324,32 +356,32 @@ def finalize(
 ) -> TensorT:
     """out[t] = sum_j weights[t,j] * rows[slot_row[t,j]] (+ residual[t]): a token's expert outputs, weighted.
 
-    rows [R,Hp] f32|f16|bf16, slot_row i32|i64 [T,K] or a Plan, weights f32|f16|bf16 [T,K] (none: all 1) -> [T,H].
-    H = `hidden` <= Hp, by default Hp. An f32 fma chain from +0 in slot order, one rounding: the same bits on every run
-    and engine. Slots with a row outside [0, R) are skipped. `cast_weights` rounds each weight to the dtype of `out`
-    first (vLLM and SGLang: `topk_weights.to(dtype)`).
+    rows [R,Hp] f32|f16|bf16, slot_row i32|i64 [T,K] or a Plan, weights f32|f16|bf16 [T,K] (none: all 1) ->
+    [T,H]. H = `hidden` <= Hp, by default Hp. An f32 fma chain from +0 in slot order, one rounding: the same
+    bits on every run and engine. Slots with a row outside [0, R) are skipped. `cast_weights` rounds each
+    weight to the dtype of `out` first (vLLM and SGLang: `topk_weights.to(dtype)`).
     """
-    if isinstance(slot_row, Plan):
-        slot_row = slot_row.slot_row
+    slots: Any = slot_row.slot_row if isinstance(slot_row, Plan) else slot_row
     if (compiled := _compiled()) is not None:
-        return compiled.finalize(rows, slot_row, weights, hidden, cast_weights, residual, out)  # type: ignore[no-any-return]
+        return compiled.finalize(rows, slots, weights, hidden, cast_weights, residual, out)  # type: ignore[no-any-return]
     fw = framework_of("finalize", "rows", rows)
-    framework_of("finalize", "slot_row", slot_row)
     fw.admit("finalize", rows, weights, residual)
     if out is None:
-        out = fw.empty(rows, (_dim(slot_row, 0), _dim(rows, 1) if hidden is None else hidden))
-    _core.finalize(rows, slot_row, out, weights=weights, cast_weights=cast_weights, residual=residual, stream=stream)
+        out = fw.empty(rows, (_dim(slots, 0), _dim(rows, 1) if hidden is None else hidden))
+    _core.finalize(
+        rows, slots, out, weights=weights, cast_weights=cast_weights, residual=residual, stream=stream
+    )
     return fw.finish(out)  # type: ignore[no-any-return]
 
 
 class Experts(Generic[TensorT]):
     """The weights of one layer's experts, and how to read them.
 
-    w13 [E,2I,H] (order "plain": [E,I,H]), w2 [E,H,I], optional biases [E,2I] and [E,H] in f32 or the weights' dtype.
-    `order` says how the gate and up rows stand in w13 and is never guessed: "gate_up", "up_gate", "interleaved", or
-    "plain" for an activation without a gate. `transposed=True` takes w13 [E,H,2I] and w2 [E,I,H] and packs them into new
-    tensors; transpose_experts() does the same expert by expert into memory of the caller. `activation`, `alpha`,
-    `beta` and `limit` are those of activate().
+    w13 [E,2I,H] (order "plain": [E,I,H]), w2 [E,H,I], optional biases [E,2I] and [E,H] in f32 or the weights'
+    dtype. `order` says how the gate and up rows stand in w13 and is never guessed: "gate_up", "up_gate",
+    "interleaved", or "plain" for an activation without a gate. `transposed=True` takes w13 [E,H,2I] and w2
+    [E,I,H] and packs them into new tensors; transpose_experts() does the same expert by expert into memory of
+    the caller. `activation`, `alpha`, `beta` and `limit` are those of activate().
     """
 
     def __init__(
@@ -392,7 +424,7 @@ class Experts(Generic[TensorT]):
         return _dim(self.w2, 2)
 
     def workspace_bytes(self, num_tokens: int, top_k: int) -> int:
-        """Bytes of workspace that fused_experts() needs for any routing of `num_tokens` tokens to `top_k` experts."""
+        """Bytes of workspace that fused_experts() needs for any routing of T tokens to K experts each."""
         fw = framework_of("Experts", "w13", self.w13)
         return fused_experts_workspace_bytes(
             num_tokens,
@@ -427,18 +459,20 @@ def fused_experts(
 ) -> TensorT:
     """The whole expert layer: plan, grouped_gemm + activation, grouped_gemm, finalize.
 
-    x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> [T,H]; x and the experts share one dtype of f32|bf16|f16.
-    `expert_map`, `first_expert`: as in plan(). `apply_router_weight_on_input` multiplies the first product by the
-    router weight instead of weighting the sum. `residual` [T,H] is added in f32. On cuda a workspace of
-    experts.workspace_bytes(T, K) bytes is allocated unless passed; on cpu each thread keeps its own.
+    x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> [T,H]; x and the experts share one dtype of
+    f32|bf16|f16. `expert_map`, `first_expert`: as in plan(). `apply_router_weight_on_input` multiplies the
+    first product by the router weight instead of weighting the sum. `residual` [T,H] is added in f32. On cuda
+    a workspace of experts.workspace_bytes(T, K) bytes is allocated unless passed; on cpu each thread keeps
+    its own.
     """
     if (compiled := _compiled()) is not None:
         return compiled.fused_experts(  # type: ignore[no-any-return]
             x, weights, ids, experts, expert_map, first_expert, apply_router_weight_on_input, residual, out
         )
     fw = framework_of("fused_experts", "x", x)
-    framework_of("fused_experts", "ids", ids)
-    fw.admit("fused_experts", x, weights, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias, residual)
+    fw.admit(
+        "fused_experts", x, weights, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias, residual
+    )
     if out is None:
         out = fw.empty(x, (_dim(x, 0), _dim(x, 1)))
     if workspace is None and not fw.on_host(x):
@@ -470,8 +504,8 @@ def fused_experts(
 def transpose_experts(src: TensorT, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
     """out[e,n,k] = src[e,k,n]: a transposed checkpoint's weights in the layout of Experts.
 
-    [E,A,B] -> [E,B,A] of any dtype of 8 to 64 bits. With `out`, slices of experts (`src[e:e+1]`) convert a checkpoint
-    one expert at a time without a second copy in memory.
+    [E,A,B] -> [E,B,A] of any dtype of 8 to 64 bits. With `out`, slices of experts (`src[e:e+1]`) convert a
+    checkpoint one expert at a time without a second copy in memory.
     """
     fw = framework_of("transpose_experts", "src", src)
     fw.admit("transpose_experts", src)
@@ -482,10 +516,11 @@ def transpose_experts(src: TensorT, *, out: TensorT | None = None, stream: Strea
 
 
 def view_as(x: DLPackTensor, dtype: str) -> Any:
-    """The memory of `x` as a moecore dtype ("e4m3", "e8m0", "e2m1", "bf16", ...), for frameworks that lack it.
+    """The memory of `x` as a moecore dtype ("e4m3", "e8m0", "e2m1", ...), for frameworks that lack it.
 
-    Bytes viewed as "e2m1" hold two elements each, the even one in the low nibble. torch tensors become native views where
-    torch has the dtype; otherwise the result is an object that every moecore op takes, with `.base`, `.dtype`, `.shape`.
+    Bytes viewed as "e2m1" hold two elements each, the even one in the low nibble. torch tensors become native
+    views where torch has the dtype; otherwise the result is an object that every moecore op takes, with
+    `.base`, `.dtype`, `.shape`.
     """
     return framework_of("view_as", "x", x).view(x, dtype)
 
@@ -495,8 +530,10 @@ def plan_workspace_bytes(num_tokens: int, top_k: int, num_experts: int, device: 
     return _padded(_core.plan_workspace_bytes(num_tokens, top_k, num_experts, device))
 
 
-def grouped_gemm_workspace_bytes(rows: int, n: int, k: int, num_experts: int, dtype: str, device: str = "cpu") -> int:
-    """Bytes of workspace that grouped_gemm() needs, at any alignment: weights [num_experts, n, k] of `dtype`."""
+def grouped_gemm_workspace_bytes(
+    rows: int, n: int, k: int, num_experts: int, dtype: str, device: str = "cpu"
+) -> int:
+    """Bytes of workspace that grouped_gemm() needs, at any alignment, for weights [num_experts, n, k]."""
     return _padded(_core.grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, device))
 
 
@@ -504,7 +541,9 @@ def fused_experts_workspace_bytes(
     num_tokens: int, top_k: int, num_experts: int, hidden: int, inter: int, dtype: str, device: str = "cpu"
 ) -> int:
     """Bytes of workspace that fused_experts() needs, at any alignment and for every routing."""
-    return _padded(_core.fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, dtype, device))
+    return _padded(
+        _core.fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, dtype, device)
+    )
 
 
 def _padded(size: int) -> int:

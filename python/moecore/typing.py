@@ -12,14 +12,18 @@ class DLPackTensor(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @property
-    def shape(self) -> Any: ...
+    def shape(self) -> Any:
+        """The extents, in the framework's own type."""
+        ...
 
 
 @runtime_checkable
 class CudaStream(Protocol):
     """A stream object such as `torch.cuda.Stream` or `cupy.cuda.Stream`."""
 
-    def __cuda_stream__(self) -> tuple[int, int]: ...
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """(version, pointer)."""
+        ...
 
 
 TensorT = TypeVar("TensorT", bound=DLPackTensor)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
+import moecore
 import numpy as np
 import pytest
 
-import moecore
-
-_NUMPY = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64, "u8": np.uint8, "bool": np.bool_}
+_NUMPY = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "i32": np.int32,
+    "i64": np.int64,
+    "u8": np.uint8,
+    "bool": np.bool_,
+}
 
 
 def _bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -24,7 +29,8 @@ def _bf16_values(bits: np.ndarray) -> np.ndarray:
 
 
 class Frame:
-    """A framework in the tests: `make` turns f32 (or integer) values into a tensor, `read` turns one into values."""
+    """A framework in the tests: `make` turns f32 (or integer) values into a tensor, `read` turns one into
+    values."""
 
     name = "?"
     device = "cpu"
@@ -47,7 +53,14 @@ class _Torch(Frame):
         self.device = device
 
     def make(self, values: Any, dtype: str) -> Any:
-        names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i32": "int32", "i64": "int64", "u8": "uint8"}
+        names = {
+            "f32": "float32",
+            "f16": "float16",
+            "bf16": "bfloat16",
+            "i32": "int32",
+            "i64": "int64",
+            "u8": "uint8",
+        }
         t = self.torch.from_numpy(np.array(values))
         return t.to(self.device, dtype=getattr(self.torch, names.get(dtype, dtype)))
 
@@ -82,7 +95,9 @@ class _Retagged(_NumPy):
         return super().make(values, dtype)
 
     def read(self, tensor: Any) -> np.ndarray:
-        return _bf16_values(tensor.base) if isinstance(tensor, moecore._core.Retagged) else super().read(tensor)
+        return (
+            _bf16_values(tensor.base) if isinstance(tensor, moecore._core.Retagged) else super().read(tensor)
+        )
 
 
 class _Jax(_NumPy):
@@ -140,8 +155,8 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
-def torch() -> Iterator[Any]:
-    yield pytest.importorskip("torch", reason="torch is not installed")
+def torch() -> Any:
+    return pytest.importorskip("torch", reason="torch is not installed")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,7 +1,7 @@
 """Every op in NumPy, straight from its definition: float64, or exact where the op promises bits.
 
-Shares no code with the engines. Values are NumPy arrays; bf16 is carried as float32 that happens to be representable
-(`round_to`), so that the tests of all frameworks compare the same numbers.
+Shares no code with the engines. Values are NumPy arrays; bf16 is carried as float32 that happens to be
+representable (`round_to`), so that the tests of all frameworks compare the same numbers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def round_to(values: npt.ArrayLike, dtype: str) -> F32:
 def fma32(a: F32, b: F32, c: F32) -> F32:
     """a * b + c of f32 values, rounded once.
 
-    The product is exact in f64. The sum is rounded to odd there (its lost part sets the last bit), after which the
-    rounding to f32 is that of the exact sum.
+    The product is exact in f64. The sum is rounded to odd there (its lost part sets the last bit), after
+    which the rounding to f32 is that of the exact sum.
     """
     p = a.astype(np.float64) * b.astype(np.float64)
     c64 = c.astype(np.float64)
@@ -90,10 +90,9 @@ def route(
             e = np.exp(row[finite] - row[finite].max())
             score[finite] = e / e.sum()
         grouped = num_groups > 1
+        key = score if grouped or bias is not None else row
         if bias is not None:
-            key = score + bias.astype(np.float64)
-        else:
-            key = score if grouped else row
+            key = key + bias.astype(np.float64)
         key = np.where(alive, key, -np.inf)
         if grouped:
             ranks = []
@@ -102,7 +101,9 @@ def route(
                 ranks.append(best[0] if group_score == "max" or size == 1 else best[0] + best[1])
             kept = sorted(range(num_groups), key=lambda g: (-ranks[g], g))[:topk_groups]
             key = np.where(np.isin(np.arange(num_experts) // size, kept), key, -np.inf)
-        order = [e for e in sorted(range(num_experts), key=lambda e: (-key[e], e)) if key[e] > -np.inf][:top_k]
+        order = [e for e in sorted(range(num_experts), key=lambda e: (-key[e], e)) if key[e] > -np.inf][
+            :top_k
+        ]
         chosen = score[order]
         if renormalize:
             chosen = chosen / (chosen.sum() + 1e-20)
@@ -224,7 +225,8 @@ def grouped_gemm(
     row_token: npt.NDArray[np.integer] | None = None,
     row_weights: F32 | None = None,
 ) -> Bounded:
-    """Rows below expert_offsets[E] of the product. f32 accumulation in any order: gamma(k + 2) * sum |x w|."""
+    """Rows below expert_offsets[E] of the product. f32 accumulation in any order: gamma(k + 2) * sum |x
+    w|."""
     live = int(expert_offsets[-1])
     k, n = x.shape[1], weights.shape[1]
     value, magnitude = np.zeros((live, n)), np.zeros((live, n))

@@ -6,10 +6,9 @@ import gc
 import sys
 from typing import Any
 
+import moecore
 import numpy as np
 import pytest
-
-import moecore
 from moecore import _core
 
 MAP = np.array([2, -1, 0], np.int32)
@@ -81,7 +80,9 @@ def test_ml_dtypes(name: str) -> None:
 
 def test_unpacked_float4_is_refused_with_advice() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
-    with pytest.raises(TypeError, match=r"x is a numpy.ndarray of dtype float4_e2m1fn .*view_as\(x, \"e2m1\"\)"):
+    with pytest.raises(
+        TypeError, match=r"x is a numpy.ndarray of dtype float4_e2m1fn .*view_as\(x, \"e2m1\"\)"
+    ):
         moved(np.zeros((3, 4), ml_dtypes.float4_e2m1fn))
 
 
@@ -107,7 +108,9 @@ def test_view_as(torch: Any) -> None:
     assert moecore.view_as(torch.from_numpy(raw), "e2m1").dtype == torch.float4_e2m1fn_x2
     with pytest.raises(ValueError, match='view_as: dtype is "fp8", expected a moecore dtype'):
         moecore.view_as(raw, "fp8")
-    with pytest.raises(TypeError, match=r"view_as: x is u8\[2,4\] cpu, expected elements of 16 bits for bf16"):
+    with pytest.raises(
+        TypeError, match=r"view_as: x is u8\[2,4\] cpu, expected elements of 16 bits for bf16"
+    ):
         moecore.view_as(raw, "bf16")
     with pytest.raises(TypeError, match="view_as: x is a str, expected a tensor"):
         moecore.view_as("x", "bf16")
@@ -128,7 +131,9 @@ def test_strides(torch: Any) -> None:
         if "reversed" not in name:
             out = moved(torch.from_numpy(base)[1:4, 3:], torch.tensor([2, 0]))
             np.testing.assert_array_equal(out, base[1:4, 3:][[2, 0]], err_msg=name)
-    with pytest.raises(ValueError, match=r"x is f32\[10,6\] cpu strides \[1,10\], expected a dense last dimension"):
+    with pytest.raises(
+        ValueError, match=r"x is f32\[10,6\] cpu strides \[1,10\], expected a dense last dimension"
+    ):
         moved(base.T)
 
 

@@ -1,14 +1,14 @@
-"""Bad calls: the type of the exception, a message that names op, argument, expected and actual, outputs untouched."""
+"""Bad calls: the type of the exception, a message that names op, argument, expected and actual, outputs
+untouched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import moecore
 import numpy as np
 import pytest
-
-import moecore
 from moecore import _core
 
 F32, I32 = np.float32, np.int32
@@ -90,7 +90,9 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "change", "error", "message"), BAD, ids=[f"{b[0]}-{'-'.join(b[1])}" for b in BAD])
+@pytest.mark.parametrize(
+    ("op", "change", "error", "message"), BAD, ids=[f"{b[0]}-{'-'.join(b[1])}" for b in BAD]
+)
 def test_bad_argument(op: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {**good()[op], **change}
     outputs = [arguments[name] for name in OUTPUTS.get(op, ("out",)) if name not in change]

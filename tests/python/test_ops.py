@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import moecore
 import numpy as np
 import oracle
 import pytest
 from conftest import Frame
-
-import moecore
 
 DTYPES = ["f32", "f16", "bf16"]
 SHAPES = [(0, 16, 2, 8), (1, 7, 1, 1), (5, 33, 3, 4), (17, 64, 8, 8), (40, 129, 2, 300)]  # T, H, K, E
@@ -39,7 +38,9 @@ def check(actual: np.ndarray, expected: oracle.Bounded) -> None:
 def test_route(frame: Frame, rng: np.random.Generator, dtype: str, scoring: str) -> None:
     for num_tokens, _, top_k, num_experts in SHAPES:
         # Distinct logits: no ties, so the ids are the oracle's.
-        logits = np.stack([rng.permutation(num_experts) for _ in range(num_tokens)] or [np.zeros(num_experts)])
+        logits = np.stack(
+            [rng.permutation(num_experts) for _ in range(num_tokens)] or [np.zeros(num_experts)]
+        )
         logits = oracle.round_to(logits[:num_tokens] / 32 - 2, dtype)
         expected = oracle.route(logits, top_k, scoring, renormalize=True, scale=2.5)
         weights, ids = moecore.route(
@@ -71,7 +72,9 @@ def test_route_grouped(frame: Frame, rng: np.random.Generator, group_score: str)
 
 
 def test_route_not_finite_and_ties(frame: Frame) -> None:
-    logits = np.array([[1, 1, 1, 1], [np.nan, np.inf, -np.inf, 0], [np.nan] * 4, [2, np.nan, 2, 5]], np.float32)
+    logits = np.array(
+        [[1, 1, 1, 1], [np.nan, np.inf, -np.inf, 0], [np.nan] * 4, [2, np.nan, 2, 5]], np.float32
+    )
     weights, ids = moecore.route(frame.make(logits, "f32"), 2)
     np.testing.assert_array_equal(frame.read(ids), [[0, 1], [3, -1], [-1, -1], [3, 0]])
     assert np.isfinite(frame.read(weights)).all()
@@ -147,7 +150,9 @@ def test_activate(frame: Frame, rng: np.random.Generator, kind: str, order: str,
 
 def test_activate_parameters_and_nan(frame: Frame) -> None:
     x = np.array([[9, -9, 9, np.nan], [1, np.nan, 2, 3]], np.float32)
-    out = frame.read(moecore.activate(frame.make(x, "f32"), "swiglu_oai", order="gate_up", alpha=1.0, limit=2.0))
+    out = frame.read(
+        moecore.activate(frame.make(x, "f32"), "swiglu_oai", order="gate_up", alpha=1.0, limit=2.0)
+    )
     expected = oracle.activate(x, "swiglu_oai", alpha=1.0, limit=2.0)
     np.testing.assert_array_equal(np.isnan(out), [[False, True], [False, True]])
     np.testing.assert_allclose(out, expected, rtol=64 * oracle.EPS32)
@@ -196,7 +201,9 @@ def test_finalize_is_exact(frame: Frame, rng: np.random.Generator, dtype: str, w
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "order"), [("silu", "gate_up"), ("swiglu_oai", "interleaved"), ("relu2", "plain")])
+@pytest.mark.parametrize(
+    ("kind", "order"), [("silu", "gate_up"), ("swiglu_oai", "interleaved"), ("relu2", "plain")]
+)
 def test_fused_experts(frame: Frame, rng: np.random.Generator, dtype: str, kind: str, order: str) -> None:
     for num_tokens, hidden, top_k, num_experts in SHAPES[:-1]:
         inter = 24
@@ -232,7 +239,9 @@ def test_transposed_experts(frame: Frame, rng: np.random.Generator, dtype: str) 
     src = rng.integers(0, 100, (3, 37, 70)).astype(np.float32 if dtype != "u8" else np.uint8)
     out = moecore.transpose_experts(frame.make(src, dtype))
     np.testing.assert_array_equal(frame.read(out), src.transpose(0, 2, 1))
-    experts = moecore.Experts(frame.make(src, dtype), frame.make(src, dtype), order="gate_up", transposed=True)
+    experts = moecore.Experts(
+        frame.make(src, dtype), frame.make(src, dtype), order="gate_up", transposed=True
+    )
     assert (experts.num_experts, experts.hidden, experts.inter) == (3, 37, 37)
 
 

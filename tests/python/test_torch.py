@@ -6,10 +6,9 @@ import subprocess
 import sys
 from typing import Any
 
+import moecore
 import numpy as np
 import pytest
-
-import moecore
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -53,7 +52,6 @@ OPS = ["route", "plan", "permute", "shuffle_rows", "activate", "grouped_gemm", "
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(layer: dict[str, Any], op: str) -> None:
-    import moecore.torch
 
     args = cases(layer)[op]
     torch.library.opcheck(getattr(torch.ops.moecore, op).default, args)
@@ -75,7 +73,11 @@ def forward(logits: Any, x: Any, experts: Any) -> Any:
     narrow = moecore.activate(wide, order="gate_up", expert_offsets=plan.expert_offsets)
     out = moecore.grouped_gemm(narrow, experts.w2, plan.expert_offsets, bias=experts.w2_bias)
     layered = moecore.finalize(out, plan, weights, residual=x)
-    return layered + moecore.fused_experts(x, weights, ids, experts) + moecore.shuffle_rows(x, ids[:, 0].contiguous())
+    return (
+        layered
+        + moecore.fused_experts(x, weights, ids, experts)
+        + moecore.shuffle_rows(x, ids[:, 0].contiguous())
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -94,7 +96,9 @@ def test_compile_whole_layer(layer: dict[str, Any], dtype: str, dynamic: bool) -
 
 
 def test_compile_with_inductor(layer: dict[str, Any]) -> None:
-    experts = moecore.Experts(layer["w13"], layer["w2"], order="gate_up", w13_bias=layer["b13"], w2_bias=layer["b2"])
+    experts = moecore.Experts(
+        layer["w13"], layer["w2"], order="gate_up", w13_bias=layer["b13"], w2_bias=layer["b2"]
+    )
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True)
     with torch.no_grad():
@@ -175,7 +179,9 @@ def test_threads_run_side_by_side(layer: dict[str, Any]) -> None:
     expected = [moecore.fused_experts(x, layer["weights"], layer["ids"], experts) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            got = pool.map(lambda x: moecore.fused_experts(x, layer["weights"], layer["ids"], experts), inputs)
+            got = pool.map(
+                lambda x: moecore.fused_experts(x, layer["weights"], layer["ids"], experts), inputs
+            )
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

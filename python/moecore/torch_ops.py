@@ -1,0 +1,309 @@
+"""moecore in torch's dispatcher: `torch.ops.moecore.*`, for torch.compile and torch.export.
+
+Importing this module registers the ops; the public functions of moecore do it by themselves when
+torch.compile traces them. Every op exists as `name`, which allocates its results, and as `name_out`, which
+writes into tensors it declares as mutated. Inputs that require grad are refused in grad mode: the ops have no
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moecore import ops
+from moecore.ops import Experts, Plan
+
+_LIBRARY = torch.library.Library("moecore", "DEF")
+
+
+class _Op(NamedTuple):
+    name: str
+    parameters: str  # of the schema, in the order of `run` and `outputs`
+    num_outputs: int
+    outputs: Callable[..., tuple[Tensor, ...]]  # allocates: also the fake implementation
+    run: Callable[..., Any]  # (outputs, *arguments): writes the outputs
+
+
+def _route_outputs(logits: Tensor, top_k: int, *_: Any) -> tuple[Tensor, ...]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _route(
+    out: Any, logits: Any, top_k: int, scoring: Any, bias: Any, num_groups: int, topk_groups: int,
+    group_score: Any, renormalize: bool, scale: float, is_padding: Any,
+) -> None:  # fmt: skip
+    ops.route(
+        logits, top_k, scoring=scoring, bias=bias, num_groups=num_groups, topk_groups=topk_groups,
+        group_score=group_score, renormalize=renormalize, scale=scale, is_padding=is_padding, out=out,
+    )  # fmt: skip
+
+
+def _plan_outputs(
+    ids: Tensor, num_experts: int, expert_map: Any, first_expert: int, hidden: int, inter: int, *_: Any
+) -> tuple[Tensor, ...]:
+    def i32(*shape: Any) -> Tensor:
+        return ids.new_empty(shape, dtype=torch.int32)
+
+    num_tokens, top_k = ids.shape
+    rows = num_tokens * top_k
+    return (
+        i32(num_experts + 1), i32(num_experts + 1), i32(rows), i32(num_tokens, top_k), i32(rows),
+        i32(num_experts, 3), i32(num_experts, 3),
+    )  # fmt: skip
+
+
+def _plan(
+    out: Any, ids: Any, num_experts: int, expert_map: Any, first_expert: int, scale_alignment: int,
+    hidden: int, inter: int, gated: bool, swap_ab: bool,
+) -> None:  # fmt: skip
+    ops.plan(
+        ids, num_experts, expert_map=expert_map, first_expert=first_expert, scale_alignment=scale_alignment,
+        problem_sizes=(hidden, inter), gated=gated, swap_ab=swap_ab, out=Plan(*out),
+    )  # fmt: skip
+
+
+def _permute_outputs(x: Tensor, row_token: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty((row_token.shape[0], x.shape[1])),)
+
+
+def _permute(out: Any, x: Any, row_token: Any, slot_row: Any, expert_offsets: Any) -> None:
+    ops.permute(x, Plan(expert_offsets, None, row_token, slot_row, None), out=out[0])
+
+
+def _shuffle_rows(out: Any, x: Any, map: Any) -> None:
+    ops.shuffle_rows(x, map, out=out[0])
+
+
+def _activate_outputs(x: Tensor, kind: str, order: str, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty((x.shape[0], x.shape[1] if order == "plain" else x.shape[1] // 2)),)
+
+
+def _activate(
+    out: Any, x: Any, kind: Any, order: Any, alpha: Any, beta: Any, limit: Any, expert_offsets: Any
+) -> None:
+    ops.activate(
+        x, kind, order=order, alpha=alpha, beta=beta, limit=limit, expert_offsets=expert_offsets, out=out[0]
+    )
+
+
+def _grouped_gemm_outputs(
+    x: Tensor,
+    weights: Tensor,
+    expert_offsets: Any,
+    bias: Any,
+    row_token: Any,
+    activation: Any,
+    order: str,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    rows, n = (x if row_token is None else row_token).shape[0], weights.shape[1]
+    return (x.new_empty((rows, n if activation is None or order == "plain" else n // 2)),)
+
+
+def _grouped_gemm(
+    out: Any, x: Any, weights: Any, expert_offsets: Any, bias: Any, row_token: Any, activation: Any,
+    order: Any, alpha: Any, beta: Any, limit: Any, row_weights: Any,
+) -> None:  # fmt: skip
+    ops.grouped_gemm(
+        x, weights, expert_offsets, bias=bias, row_token=row_token, activation=activation, order=order,
+        alpha=alpha, beta=beta, limit=limit, row_weights=row_weights, out=out[0],
+    )  # fmt: skip
+
+
+def _finalize_outputs(
+    rows: Tensor, slot_row: Tensor, weights: Any, hidden: int | None, *_: Any
+) -> tuple[Tensor, ...]:
+    return (rows.new_empty((slot_row.shape[0], rows.shape[1] if hidden is None else hidden)),)
+
+
+def _finalize(
+    out: Any, rows: Any, slot_row: Any, weights: Any, hidden: Any, cast_weights: bool, residual: Any
+) -> None:
+    ops.finalize(rows, slot_row, weights, cast_weights=cast_weights, residual=residual, out=out[0])
+
+
+def _fused_experts_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape),)
+
+
+def _fused_experts(
+    out: Any, x: Any, weights: Any, ids: Any, w13: Any, w2: Any, w13_bias: Any, w2_bias: Any, activation: Any,
+    order: Any, alpha: Any, beta: Any, limit: Any, expert_map: Any, first_expert: int,
+    apply_router_weight_on_input: bool, residual: Any,
+) -> None:  # fmt: skip
+    experts: Experts[Any] = Experts(
+        w13, w2, order=order, activation=activation, alpha=alpha, beta=beta, limit=limit, w13_bias=w13_bias,
+        w2_bias=w2_bias,
+    )  # fmt: skip
+    ops.fused_experts(
+        x, weights, ids, experts, expert_map=expert_map, first_expert=first_expert,
+        apply_router_weight_on_input=apply_router_weight_on_input, residual=residual, out=out[0],
+    )  # fmt: skip
+
+
+_ACTIVATION = "str order, float? alpha, float? beta, float? limit"
+_OPS = [
+    _Op(
+        "route",
+        "Tensor logits, SymInt top_k, str scoring, Tensor? bias, int num_groups, int topk_groups, "
+        "str group_score, bool renormalize, float scale, Tensor? is_padding",
+        2, _route_outputs, _route,
+    ),
+    _Op(
+        "plan",
+        "Tensor ids, SymInt num_experts, Tensor? expert_map, SymInt first_expert, int scale_alignment, "
+        "SymInt hidden, SymInt inter, bool gated, bool swap_ab",
+        7, _plan_outputs, _plan,
+    ),
+    _Op(
+        "permute", "Tensor x, Tensor row_token, Tensor slot_row, Tensor expert_offsets",
+        1, _permute_outputs, _permute,
+    ),
+    _Op("shuffle_rows", "Tensor x, Tensor map", 1, _permute_outputs, _shuffle_rows),
+    _Op(
+        "activate", f"Tensor x, str kind, {_ACTIVATION}, Tensor? expert_offsets",
+        1, _activate_outputs, _activate,
+    ),
+    _Op(
+        "grouped_gemm",
+        "Tensor x, Tensor weights, Tensor expert_offsets, Tensor? bias, Tensor? row_token, str? activation, "
+        f"{_ACTIVATION}, Tensor? row_weights",
+        1, _grouped_gemm_outputs, _grouped_gemm,
+    ),
+    _Op(
+        "finalize",
+        "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, bool cast_weights, Tensor? residual",
+        1, _finalize_outputs, _finalize,
+    ),
+    _Op(
+        "fused_experts",
+        "Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+        f"str activation, {_ACTIVATION}, Tensor? expert_map, SymInt first_expert, "
+        "bool apply_router_weight_on_input, Tensor? residual",
+        1, _fused_experts_outputs, _fused_experts,
+    ),
+]  # fmt: skip
+
+
+def _refuse_grad(name: str, below: Callable[..., Any]) -> Callable[..., Any]:
+    """The Autograd kernel of an op: raises where a gradient would silently vanish."""
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"{name}: an input requires grad, and moecore ops have no gradient. Call them under "
+                "torch.no_grad() or torch.inference_mode(), or detach() the input."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return below(*args)
+
+    return kernel
+
+
+def _register(op: _Op) -> None:
+    letters = "abcdefg"[: op.num_outputs]
+    returns = "Tensor" if op.num_outputs == 1 else f"({', '.join(['Tensor'] * op.num_outputs)})"
+    mutated = ", ".join(f"Tensor({letter}!) out{i}" for i, letter in enumerate(letters))
+    _LIBRARY.define(f"{op.name}({op.parameters}) -> {returns}")
+    _LIBRARY.define(f"{op.name}_out({op.parameters}, {mutated}) -> ()")
+
+    def functional(*args: Any) -> Any:
+        outputs = op.outputs(*args)
+        op.run(outputs, *args)
+        return outputs[0] if op.num_outputs == 1 else outputs
+
+    def fake(*args: Any) -> Any:
+        outputs = op.outputs(*args)
+        return outputs[0] if op.num_outputs == 1 else outputs
+
+    def in_place(*args: Any) -> None:
+        op.run(args[-op.num_outputs :], *args[: -op.num_outputs])
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(op.name, functional, key)
+        _LIBRARY.impl(f"{op.name}_out", in_place, key)
+    namespace = torch.ops.moecore
+    for name in (op.name, f"{op.name}_out"):
+        _LIBRARY.impl(name, _refuse_grad(op.name, getattr(namespace, name).default), "Autograd")
+    torch.library.register_fake(f"moecore::{op.name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"moecore::{op.name}_out", lambda *args: None, lib=_LIBRARY)
+
+
+for _op in _OPS:
+    _register(_op)
+
+
+def _call(name: str, out: Any, *args: Any) -> Any:
+    """The functional op, or the `_out` op and the caller's tensors."""
+    if out is None:
+        return getattr(torch.ops.moecore, name)(*args)
+    getattr(torch.ops.moecore, f"{name}_out")(*args, *(out if isinstance(out, tuple) else (out,)))
+    return out
+
+
+def route(logits: Any, top_k: int, *rest: Any) -> Any:
+    """moecore.route() in a traced program."""
+    *arguments, out = rest
+    return _call("route", out, logits, top_k, *arguments)
+
+
+def plan(
+    ids: Any, num_experts: int, expert_map: Any, first_expert: int, scale_alignment: int, problem_sizes: Any,
+    gated: bool, swap_ab: bool, out: Any,
+) -> Any:  # fmt: skip
+    """moecore.plan() in a traced program."""
+    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
+    if out is not None:
+        out = tuple(out)
+        if any(tensor is None for tensor in out):
+            raise ValueError("plan: out has no problem_sizes tensors, expected all seven under torch.compile")
+    result = _call(
+        "plan", out, ids, num_experts, expert_map, first_expert, scale_alignment, hidden, inter, gated,
+        swap_ab,
+    )  # fmt: skip
+    return Plan(*result) if problem_sizes is not None else Plan(*result[:5])
+
+
+def permute(x: Any, row_token: Any, slot_row: Any, expert_offsets: Any, out: Any) -> Any:
+    """moecore.permute() in a traced program."""
+    return _call("permute", out, x, row_token, slot_row, expert_offsets)
+
+
+def shuffle_rows(x: Any, map: Any, out: Any) -> Any:
+    """moecore.shuffle_rows() in a traced program."""
+    return _call("shuffle_rows", out, x, map)
+
+
+def activate(x: Any, *rest: Any) -> Any:
+    """moecore.activate() in a traced program."""
+    *arguments, out = rest
+    return _call("activate", out, x, *arguments)
+
+
+def grouped_gemm(x: Any, *rest: Any) -> Any:
+    """moecore.grouped_gemm() in a traced program."""
+    *arguments, out = rest
+    return _call("grouped_gemm", out, x, *arguments)
+
+
+def finalize(rows: Any, *rest: Any) -> Any:
+    """moecore.finalize() in a traced program."""
+    *arguments, out = rest
+    return _call("finalize", out, rows, *arguments)
+
+
+def fused_experts(
+    x: Any, weights: Any, ids: Any, experts: Experts[Any], expert_map: Any, first_expert: int,
+    apply_router_weight_on_input: bool, residual: Any, out: Any,
+) -> Any:  # fmt: skip
+    """moecore.fused_experts() in a traced program."""
+    return _call(
+        "fused_experts", out, x, weights, ids, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias,
+        experts.activation, experts.order, experts.alpha, experts.beta, experts.limit, expert_map,
+        first_expert, apply_router_weight_on_input, residual,
+    )  # fmt: skip
