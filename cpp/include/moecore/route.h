@@ -32,14 +32,15 @@ struct RouteOptions {
 
 /// logits [T,E] f32|f16|bf16 -> weights f32 [T,K], ids i32 [T,K]; 1 <= K <= E <= 2048, rows may be strided.
 ///
-/// All arithmetic is f32. score_e = softmax(logits)_e, 1 / (1 + exp(-logit_e)) or logit_e. The selection key is
-/// score_e + bias_e with a bias and the logit itself without one (every scoring is monotone, so ids do not
+/// All arithmetic is f32. score_e = softmax(logits)_e, 1 / (1 + exp(-logit_e)) or logit_e. The selection key
+/// is score_e + bias_e with a bias and the logit itself without one (every scoring is monotone, so ids do not
 /// depend on how exp rounds). The K largest keys win, ties go to the lower expert id, slots are in descending
 /// key order. An expert whose logit or bias is not finite is never selected. A slot for which no expert is
 /// left has id -1 and weight 0. weight_j = score_j, with `renormalize` score_j / (sum_j score_j + 1e-20) (sum
 /// in slot order), times `scale`. Softmax runs over the finite logits. Groups: with kTop2Sum a group's rank
 /// is the sum of its two largest keys (its only key when it has one expert), with kMax its largest key; ties
-/// go to the lower group. Keys in grouped selection are score + bias (bias 0 without one).
+/// go to the lower group. Keys in grouped selection are score + bias (bias 0 without one); in a rank, an expert that is
+/// never selected counts as -infinity.
 ///
 /// Semantics follow vLLM topk_softmax / grouped_topk ("f32 everywhere" variants) and DeepSeek-V3's noaux_tc.
 void route(const TensorView& logits, const TensorView& weights, const TensorView& ids,
