@@ -1,7 +1,7 @@
 // grouped_gemm on the CPU: the schedule. Weights are read where they are, once, and no copy of them is made.
 //
 // A panel is a run of up to kPanelRows rows of one expert; a task is a panel times one block of weight rows.
-// Inside a task the panel passes block by block of kBlockRows rows; a block's f32 results stay in L1 until
+// Inside a task the panel passes block by block of rows; the f32 results of a block stay in the cache until
 // bias, row weights, activation and the one rounding have been applied. For a gated activation a task owns
 // the gate rows and the up rows of its output columns. Tasks of one panel are neighbours, so threads walk
 // through the weights side by side; an expert with few rows (the decode case) still gives every thread work.
@@ -20,8 +20,8 @@ namespace moecore::cpu {
 namespace {
 
 using gemm::kBlockCols;
-using gemm::kBlockRows;
 using gemm::kMaxBlockCols;
+using gemm::kMaxBlockRows;
 
 constexpr std::int64_t kPanelRows = 512;
 constexpr int kPitch = kMaxBlockCols + 16;  // of a block's results; vectors may read past the last column
@@ -103,8 +103,8 @@ struct Task {
   }
 
   void run() const {
-    alignas(64) float c[kBlockRows * kPitch], bias[kPitch], row_weights[kBlockRows + 16];
-    const std::byte* x[kBlockRows];
+    alignas(64) float c[kMaxBlockRows * kPitch], bias[kPitch], row_weights[kMaxBlockRows + 16];
+    const std::byte* x[kMaxBlockRows];
     gemm::Product product{.x = x,
                           .w = weight_rows(),
                           .w_pitch = p.weight_row_stride * element_bytes(),
@@ -121,8 +121,8 @@ struct Task {
       finish.bias = bias;
     }
     const std::int64_t end = panel.first_row + panel.rows;
-    for (std::int64_t row = panel.first_row; row < end; row += kBlockRows) {
-      const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, end - row));
+    for (std::int64_t row = panel.first_row; row < end; row += kernel.max_rows) {
+      const int rows = static_cast<int>(std::min<std::int64_t>(kernel.max_rows, end - row));
       for (int i = 0; i < rows; ++i) {
         const std::int64_t from = p.row_token ? p.row_token[row + i] : row + i;
         x[i] = static_cast<const std::byte*>(p.x) + from * p.x_stride * element_bytes();

@@ -24,8 +24,8 @@ constexpr int kTile = 16;                // rows of every tile; its width is kCh
 constexpr int kChunk = 32;               // depth of a tile multiplication
 constexpr int kChunkBytes = kChunk * 2;  // = 64, a row of any tile
 constexpr int kTileBytes = kTile * kChunkBytes;
-constexpr int kDepthChunks = 32;    // depth block: 32 rows x 1024 k of x are 64 KiB
-constexpr int kPrefetchChunks = 8;  // how far ahead weights are prefetched: 512 bytes of each row
+constexpr int kDepthChunks = 16;    // depth block: 32 rows x 512 k of x are 32 KiB, which L1 holds
+constexpr int kPrefetchChunks = 2;  // how far ahead weights are prefetched: 128 bytes of each row
 
 // What ldtilecfg reads: all eight tiles 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
@@ -39,12 +39,12 @@ static_assert(sizeof(TileConfig) == 64);
 
 // A depth block of x in the layout of B: [row group][chunk][k/2][16 rows][2].
 struct XPanel {
-  alignas(64) std::byte tiles[kBlockRows / kTile][kDepthChunks][kTileBytes];
+  alignas(64) std::byte tiles[kMaxBlockRows / kTile][kDepthChunks][kTileBytes];
 };
 // Results as the tiles leave them: [row group][weight row][16 rows]. A run of weight rows starts at a
 // multiple of 16.
 struct Results {
-  alignas(64) float tiles[kBlockRows / kTile][kMaxBlockCols + 2 * kTile][kTile];
+  alignas(64) float tiles[kMaxBlockRows / kTile][kMaxBlockCols + 2 * kTile][kTile];
 };
 
 MOECORE_TARGET_BEGIN("amx-tile,amx-bf16,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
@@ -96,13 +96,15 @@ void pack_group(const std::byte* const* x, int rows, std::int64_t first, std::in
   }
 }
 
-// 16 x kCols weight rows at w against kGroups groups of the panel, over `chunks` chunks; `next` are the rows
-// that will be multiplied afterwards.
+// 16 * kTiles weight rows at w against kGroups row groups of the panel, over `chunks` chunks. With `next`,
+// the weight rows that come afterwards, weights are prefetched.
 template <int kTiles, int kGroups>
-void multiply(const std::byte* w, const std::byte* next, std::int64_t pitch, const XPanel& x, int chunks,
-              bool fresh, Results& c, int col) {
-  float* c0 = c.tiles[0][col];
-  float* c1 = c.tiles[kGroups - 1][col];
+void multiply(const std::byte* w, const std::byte* next, std::int64_t pitch, const XPanel& x, int group,
+              int chunks, bool fresh, Results& c, int col) {
+  const std::byte* x0 = x.tiles[group][0];
+  const std::byte* x1 = x.tiles[group + kGroups - 1][0];
+  float* c0 = c.tiles[group][col];
+  float* c1 = c.tiles[group + kGroups - 1][col];
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -114,20 +116,22 @@ void multiply(const std::byte* w, const std::byte* next, std::int64_t pitch, con
     if constexpr (kTiles == 2) _tile_loadd(2, c0 + kTile * kTile, kChunkBytes);
     if constexpr (kTiles == 2 && kGroups == 2) _tile_loadd(3, c1 + kTile * kTile, kChunkBytes);
   }
-  for (int chunk = 0; chunk < chunks; ++chunk, w += kChunkBytes) {
-    const int ahead = chunk + kPrefetchChunks;
-    const std::byte* p =
-        ahead < chunks ? w + kPrefetchChunks * kChunkBytes : next + (ahead - chunks) * kChunkBytes;
-    for (int i = 0; i < kTiles * kTile; ++i) _mm_prefetch(p + i * pitch, _MM_HINT_T0);
-    _tile_loadd(4, w, pitch);
-    _tile_loadd(6, x.tiles[0][chunk], kChunkBytes);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (next) {
+      const int ahead = chunk + kPrefetchChunks;
+      const std::byte* p = ahead < chunks ? w + ahead * kChunkBytes : next + (ahead - chunks) * kChunkBytes;
+      for (int i = 0; i < kTiles * kTile; ++i) _mm_prefetch(p + i * pitch, _MM_HINT_T0);
+    }
+    const std::byte* a = w + chunk * kChunkBytes;
+    _tile_loadd(4, a, pitch);
+    _tile_loadd(6, x0 + chunk * kTileBytes, kChunkBytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kGroups == 2) {
-      _tile_loadd(7, x.tiles[1][chunk], kChunkBytes);
+      _tile_loadd(7, x1 + chunk * kTileBytes, kChunkBytes);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kTiles == 2) {
-      _tile_loadd(5, w + kTile * pitch, pitch);
+      _tile_loadd(5, a + kTile * pitch, pitch);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kGroups == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -138,29 +142,39 @@ void multiply(const std::byte* w, const std::byte* next, std::int64_t pitch, con
   if constexpr (kTiles == 2 && kGroups == 2) _tile_stored(3, c1 + kTile * kTile, kChunkBytes);
 }
 
+// The same against every row group; the first pass prefetches.
+template <int kTiles>
+void multiply_groups(const std::byte* w, const std::byte* next, std::int64_t pitch, const XPanel& x,
+                     int groups, int chunks, bool fresh, Results& c, int col) {
+  int group = 0;
+  for (; group + 2 <= groups; group += 2)
+    multiply<kTiles, 2>(w, group == 0 ? next : nullptr, pitch, x, group, chunks, fresh, c, col);
+  if (group < groups)
+    multiply<kTiles, 1>(w, group == 0 ? next : nullptr, pitch, x, group, chunks, fresh, c, col);
+}
+
 // A run of weight rows against the panel. Rows that do not fill a tile, and depths that do not fill a chunk,
 // are padded with zeros in a copy of 16 rows.
-template <int kGroups>
-void multiply_run(const std::byte* w, int rows, std::int64_t pitch, const XPanel& x, std::int64_t depth,
-                  bool fresh, Results& c, int col) {
+void multiply_run(const std::byte* w, int rows, std::int64_t pitch, const XPanel& x, int groups,
+                  std::int64_t depth, bool fresh, Results& c, int col) {
   const int chunks = static_cast<int>((depth + kChunk - 1) / kChunk);
   int row = 0;
   if (depth % kChunk == 0) {
     for (; row + 2 * kTile <= rows; row += 2 * kTile) {
       const std::byte* at = w + row * pitch;
-      multiply<2, kGroups>(at, row + 4 * kTile <= rows ? at + 2 * kTile * pitch : at, pitch, x, chunks, fresh,
-                           c, col + row);
+      const std::byte* next = row + 4 * kTile <= rows ? at + 2 * kTile * pitch : at;
+      multiply_groups<2>(at, next, pitch, x, groups, chunks, fresh, c, col + row);
     }
     for (; row + kTile <= rows; row += kTile) {
       const std::byte* at = w + row * pitch;
-      multiply<1, kGroups>(at, at, pitch, x, chunks, fresh, c, col + row);
+      multiply_groups<1>(at, at, pitch, x, groups, chunks, fresh, c, col + row);
     }
   }
   for (; row < rows; row += kTile) {
     alignas(64) std::byte padded[kTile][kDepthChunks * kChunkBytes] = {};
     for (int i = 0; i < std::min(kTile, rows - row); ++i)
       std::memcpy(padded[i], w + (row + i) * pitch, static_cast<std::size_t>(depth * 2));
-    multiply<1, kGroups>(padded[0], padded[0], sizeof padded[0], x, chunks, fresh, c, col + row);
+    multiply_groups<1>(padded[0], nullptr, sizeof padded[0], x, groups, chunks, fresh, c, col + row);
   }
 }
 
@@ -186,8 +200,8 @@ void tile_product(const Product& p) {
       pack_group(p.x + row, std::min(kTile, p.rows - row), start, depth, panel.tiles[row / kTile]);
     int col = 0;
     for (const WeightRows& run : p.w) {
-      (p.rows > kTile ? multiply_run<2> : multiply_run<1>)(run.data + start * 2, run.rows, p.w_pitch, panel,
-                                                           depth, start == 0, results, col);
+      multiply_run(run.data + start * 2, run.rows, p.w_pitch, panel, (p.rows + kTile - 1) / kTile, depth,
+                   start == 0, results, col);
       col += (run.rows + kTile - 1) / kTile * kTile;
     }
   }
@@ -211,6 +225,7 @@ const KernelTable& amx_kernels() {
     KernelTable t = avx512_bf16_kernels();
     t.bf16.name = "bf16 tiles";
     t.bf16.product = tile_product;
+    t.bf16.max_rows = kMaxBlockRows;
     t.bf16.max_cols = kMaxBlockCols;
     return t;
   }();

@@ -23,6 +23,11 @@ inline constexpr bool kFusedMultiplyAdd = true;
 //
 #include "cpu/simd/tail.inl"
 //
+
+// 16 registers: sums, as many weights, one x.
+constexpr int tile_cols(int rows) {
+  return rows == 1 ? 6 : rows == 2 ? 4 : 3;
+}
 #include "cpu/gemm/dot.inl"
 #include "cpu/gemm/finish.inl"
 

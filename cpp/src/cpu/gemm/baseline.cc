@@ -22,12 +22,17 @@ inline constexpr bool kFusedMultiplyAdd = false;  // it would be a function call
 //
 #include "cpu/simd/tail.inl"
 //
+
+// 16 registers where it matters, and room for widening in them.
+constexpr int tile_cols(int rows) {
+  return rows <= 2 ? 3 : 2;
+}
 #include "cpu/gemm/dot.inl"
 #include "cpu/gemm/finish.inl"
 
 template <class T>
 constexpr Kernel make_kernel(const char* name) {
-  return {name, dot_product<Widened<T, 2>>, finish<T>, widen_elements<T>};
+  return {name, dot_product<Widened<T, 4>>, finish<T>, widen_elements<T>};
 }
 
 }  // namespace

@@ -15,7 +15,7 @@
 //   Operand (a vector of elements), Sum (a vector of f32)
 //   kStep: elements in an operand; kXBytes, kWBytes: bytes of one element
 //   x(p), w(p): the operand at p; zero(); multiply_add(x, w, sum); add_lanes(sum)
-//   kRows, kCols: the largest tile whose sums stay in registers
+//   kRows, cols(rows): the shapes of tiles whose sums stay in registers
 
 inline constexpr std::int64_t kPanelBytes = 128 * 1024;  // kBlockRows x kSumDepth of f32
 
@@ -93,57 +93,89 @@ void dot_tile(const typename P::Operand* x, const std::byte* w, std::int64_t w_p
     }
 }
 
-// A tile of `rows` <= kRows rows; the switch over the row count, unrolled.
+// How the rows of a block are divided into tiles: as evenly as they go, so that no tile is left with a row or
+// two whose chains of additions are too few to fill the pipeline.
+struct Groups {
+  int count, size, larger;  // the first `larger` groups have size + 1 rows
+
+  Groups(int rows, int most) : count((rows + most - 1) / most), size(rows / count), larger(rows % count) {}
+  int rows(int group) const { return size + (group < larger ? 1 : 0); }
+  int first(int group) const { return group * size + (group < larger ? group : larger); }
+};
+
+// A panel: the groups of x one after the other, each with `steps` steps.
+template <class P>
+struct Panel {
+  const typename P::Operand* data;
+  std::int64_t steps;
+  Groups groups;
+};
+
+// Part of a panel, `depth` elements from step `step` on, against one tile of weight rows. The largest group
+// has kRows rows.
 template <class P, int kRows, int kCols>
-void dot_few(const typename P::Operand* x, std::int64_t step, int rows, const std::byte* w,
-             std::int64_t w_pitch, std::int64_t depth, bool fresh, float* c, int c_pitch) {
-  if (rows == kRows)
-    dot_tile<P, kRows, kCols, true>(x + step * kRows, w, w_pitch, depth, fresh, c, c_pitch);
-  else if constexpr (kRows > 1)
-    dot_few<P, kRows - 1, kCols>(x, step, rows, w, w_pitch, depth, fresh, c, c_pitch);
+void dot_groups(const Panel<P>& x, std::int64_t step, const std::byte* w, std::int64_t w_pitch,
+                std::int64_t depth, bool fresh, float* c, int c_pitch) {
+  const Groups& g = x.groups;
+  for (int group = 0; group < g.count; ++group) {
+    const int first = g.first(group), rows = g.rows(group);
+    const typename P::Operand* from = x.data + x.steps * first + step * rows;
+    float* to = c + first * c_pitch;
+    if (rows < kRows)
+      dot_tile<P, (kRows > 1 ? kRows - 1 : 1), kCols, false>(from, w, w_pitch, depth, fresh, to, c_pitch);
+    else if (group > 0)
+      dot_tile<P, kRows, kCols, false>(from, w, w_pitch, depth, fresh, to, c_pitch);
+    else
+      dot_tile<P, kRows, kCols, true>(from, w, w_pitch, depth, fresh, to, c_pitch);
+  }
 }
 
-// Every row of the panel, from `step` on, against one tile of weight rows.
-template <class P, int kCols>
-void dot_rows(const typename P::Operand* panel, std::int64_t panel_steps, std::int64_t step, int rows,
-              const std::byte* w, std::int64_t w_pitch, std::int64_t depth, bool fresh, float* c,
-              int c_pitch) {
-  dot_few<P, P::kRows, kCols>(panel, step, std::min(rows, P::kRows), w, w_pitch, depth, fresh, c, c_pitch);
-  int row = P::kRows;
-  for (; row + P::kRows <= rows; row += P::kRows)
-    dot_tile<P, P::kRows, kCols, false>(panel + row * panel_steps + step * P::kRows, w, w_pitch, depth, fresh,
-                                        c + row * c_pitch, c_pitch);
-  if (row < rows)
-    dot_few<P, P::kRows, kCols>(panel + row * panel_steps, step, rows - row, w, w_pitch, depth, fresh,
-                                c + row * c_pitch, c_pitch);
+// The panel against a run of weight rows.
+template <class P, int kRows>
+void dot_run(const Panel<P>& x, const WeightRows& run, std::int64_t w_pitch, std::int64_t start,
+             std::int64_t packed, float* c, int c_pitch) {
+  constexpr int kCols = P::cols(kRows);
+  const std::byte* w = run.data + start * P::kWBytes;
+  for (int left = run.rows; left > 0;) {
+    const bool full = left >= kCols;
+    for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth)
+      (full ? dot_groups<P, kRows, kCols>
+            : dot_groups<P, kRows, 1>)(x, first / P::kStep, w + first * P::kWBytes, w_pitch,
+                                       std::min(kSumDepth, packed - first), start + first == 0, c, c_pitch);
+    const int cols = full ? kCols : 1;
+    left -= cols;
+    w += cols * w_pitch;
+    c += cols;
+  }
+}
+
+// dot_run for the number of rows in the largest group, a switch unrolled.
+template <class P, int kRows>
+void dot_run_for(int rows, const Panel<P>& x, const WeightRows& run, std::int64_t w_pitch, std::int64_t start,
+                 std::int64_t packed, float* c, int c_pitch) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return dot_run_for<P, kRows - 1>(rows, x, run, w_pitch, start, packed, c, c_pitch);
+  }
+  dot_run<P, kRows>(x, run, w_pitch, start, packed, c, c_pitch);
 }
 
 template <class P>
 void dot_product(const Product& p) {
   using Operand = typename P::Operand;
-  alignas(64) Operand panel[kPanelBytes / sizeof(Operand)];
-  const std::int64_t sum_bytes = kSumDepth / P::kStep * sizeof(Operand) * p.rows;
-  const std::int64_t panel_depth = kPanelBytes / sum_bytes * kSumDepth;
+  alignas(64) Operand data[kPanelBytes / sizeof(Operand)];
+  constexpr std::int64_t kRowBytes = kSumDepth / P::kStep * sizeof(Operand);
+  const std::int64_t panel_depth = kPanelBytes / (kRowBytes * p.rows) * kSumDepth;
+  const Groups groups(p.rows, P::kRows);
   for (std::int64_t start = 0; start == 0 || start < p.depth; start += panel_depth) {
     const std::int64_t packed = std::min(panel_depth, p.depth - start);
-    const std::int64_t steps = (packed + P::kStep - 1) / P::kStep;
-    for (int row = 0; row < p.rows; row += P::kRows)
-      pack_rows<P>(p.x + row, std::min(P::kRows, p.rows - row), start, packed, panel + row * steps);
-
+    const Panel<P> panel{data, (packed + P::kStep - 1) / P::kStep, groups};
+    for (int g = 0; g < groups.count; ++g)
+      pack_rows<P>(p.x + groups.first(g), groups.rows(g), start, packed,
+                   data + panel.steps * groups.first(g));
     float* c = p.c;
     for (const WeightRows& run : p.w) {
-      const std::byte* w = run.data + start * P::kWBytes;
-      for (int left = run.rows; left > 0;) {
-        const bool full = left >= P::kCols;
-        for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth)
-          (full ? dot_rows<P, P::kCols>
-                : dot_rows<P, 1>)(panel, steps, first / P::kStep, p.rows, w + first * P::kWBytes, p.w_pitch,
-                                  std::min(kSumDepth, packed - first), start + first == 0, c, p.c_pitch);
-        const int cols = full ? P::kCols : 1;
-        left -= cols;
-        w += cols * p.w_pitch;
-        c += cols;
-      }
+      dot_run_for<P, P::kRows>(groups.rows(0), panel, run, p.w_pitch, start, packed, c, p.c_pitch);
+      c += run.rows;
     }
   }
 }
@@ -153,7 +185,8 @@ template <class T, int kTileRows>
 struct Widened {
   using Operand = Vec;
   using Sum = Vec;
-  static constexpr int kStep = W, kXBytes = sizeof(T), kWBytes = sizeof(T), kRows = kTileRows, kCols = 3;
+  static constexpr int kStep = W, kXBytes = sizeof(T), kWBytes = sizeof(T), kRows = kTileRows;
+  static constexpr int cols(int rows) { return tile_cols(rows); }
   static Vec x(const std::byte* p) { return load(reinterpret_cast<const T*>(p)); }
   static Vec w(const std::byte* p) { return load(reinterpret_cast<const T*>(p)); }
   static Vec zero() { return set(0.0f); }

@@ -12,6 +12,7 @@ namespace moecore::cpu::gemm {
 
 /// Rows of x that a block multiplies at once.
 inline constexpr int kBlockRows = 32;
+inline constexpr int kMaxBlockRows = 64;
 /// Weight rows of a block: 96 rows of 1024 bf16 are 192 KiB. A multiple of every kernel's tile width, also
 /// when it is halved between gate and up. A kernel may take up to kMaxBlockCols when there is enough work.
 inline constexpr int kBlockCols = 96;
@@ -27,7 +28,7 @@ struct WeightRows {
 /// c[m,n] = sum_k x[m,k] * w[n,k] for one block, where the weight rows n are those of w[0], then of w[1].
 struct Product {
   const std::byte* const* x = nullptr;  // pointers to rows of `depth` elements
-  int rows = 0;                         // 1 .. kBlockRows
+  int rows = 0;                         // 1 .. the kernel's max_rows
   std::array<WeightRows, 2> w{};        // at most kMaxBlockCols rows
   std::int64_t w_pitch = 0;             // bytes from one weight row to the next
   std::int64_t depth = 0;
@@ -55,7 +56,8 @@ struct Kernel {
   void (*finish)(const Finish&) = nullptr;
   /// dst[i] = src[i] in f32.
   void (*widen)(const std::byte* src, float* dst, std::int64_t n) = nullptr;
-  int max_cols = kBlockCols;
+  int max_rows = kBlockRows;  // of a block, up to kMaxBlockRows
+  int max_cols = kBlockCols;  // of a block, up to kMaxBlockCols
 };
 
 struct KernelTable {
