@@ -13,7 +13,8 @@ namespace {
 
 std::atomic<int> num_threads{0};
 PyObject* log_sink = nullptr;  // callable(op, reasons) or null; guarded by the interpreter lock
-thread_local std::string* explained = nullptr;  // collects while this thread is inside explain()
+// What this thread's explain() collects.
+thread_local std::string* explained = nullptr;
 
 // CPU workspace of one thread, kept between calls so that a layer does not fault in fresh pages every time.
 class Scratch {

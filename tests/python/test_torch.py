@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -17,6 +18,7 @@ T, K, E, H, I = 6, 2, 8, 16, 12  # noqa: E741
 
 @pytest.fixture
 def layer() -> dict[str, Any]:
+    importlib.import_module("moecore.torch")  # registers torch.ops.moecore
     torch.manual_seed(0)
     logits = torch.randn(T, E)
     weights, ids = moecore.route(logits, K)
@@ -129,8 +131,6 @@ def test_compile_without_importing_torch_ops_first() -> None:
 
 
 def test_gradients_are_refused(layer: dict[str, Any]) -> None:
-    import moecore.torch
-
     x = layer["x"].clone().requires_grad_()
     experts = moecore.Experts(layer["w13"].requires_grad_(), layer["w2"], order="gate_up")
     with pytest.raises(RuntimeError, match=r"^permute: an input requires grad.*torch\.no_grad\(\)"):
