@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """The CPU expert layer against transformers' own experts implementations, on one machine in one run.
 
-A Qwen3MoeExperts module with random bf16 weights is the common ground: `eager`, `batched_mm` and `grouped_mm` run it as
-transformers does, moecore runs fused_experts() on the same parameter tensors. Candidates alternate for several rounds;
-every call has its own random routing (E uniform, K distinct experts a token), so at T = 1 the weights of a call are not
-the last one's, and all weights together (1.2 GB) are far larger than any cache. Reported: the median over rounds of each
-round's median call, the bytes of the touched experts' weights over that time as a share of the measured read bandwidth,
-and the layer's flops over that time as a share of the measured f32 (bf16 with AMX) peak.
+A Qwen3MoeExperts module with random weights is the common ground: `eager`, `batched_mm` and `grouped_mm` run
+it as transformers does, moecore runs fused_experts() on the same parameter tensors. Candidates alternate for
+several rounds; every call has its own random routing (uniform, K distinct experts a token), so at T = 1 the
+weights of a call are not the last one's, and all weights together (1.2 GB) are far larger than any cache.
+Reported: the median over rounds of each round's median call, the bytes of the touched experts' weights over
+that time as a share of the measured read bandwidth, and the layer's flops over that time as a share of the
+measured peak.
 
     PYTHONPATH=build/dev/python python bench/layer_vs_transformers.py --threads 2
 
-needs torch and transformers; appends one JSON line per measurement to bench/results/layer_vs_transformers.jsonl.
+Needs torch and transformers; appends a JSON line per measurement to bench/results/layer_vs_transformers.jsonl.
 """
 
 from __future__ import annotations
@@ -56,15 +57,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="time for one candidate in one round")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layer_vs_transformers.jsonl")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "layer_vs_transformers.jsonl"
+    )
     args = parser.parse_args()
     os.environ["MOECORE_NUM_THREADS"] = str(args.threads)  # read by measure_roof and the pool
 
+    import moecore
     import torch
     import transformers
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    import moecore
 
     torch.set_num_threads(args.threads)
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[args.dtype]
@@ -87,7 +89,9 @@ def main() -> None:
         for expert in parameter:  # expert by expert, so that no f32 copy of all weights is made
             expert.copy_(torch.randn(expert.shape) * expert.shape[-1] ** -0.5)
 
-    experts = moecore.Experts(module.gate_up_proj.data, module.down_proj.data, order="gate_up", activation="silu")
+    experts = moecore.Experts(
+        module.gate_up_proj.data, module.down_proj.data, order="gate_up", activation="silu"
+    )
     roof = moecore.measure_roof("cpu")
     peak = roof.bf16_flop_per_s if args.dtype == "bf16" else roof.f32_flop_per_s
     hardware = {
@@ -97,9 +101,10 @@ def main() -> None:
         "read_gb_per_s": round(roof.read_bytes_per_s / 1e9, 2),
         "peak_gflop_per_s": round(peak / 1e9, 1),
     }
-    versions = {"moecore": moecore.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {lib.__name__: lib.__version__ for lib in (moecore, torch, transformers)}
     print(f"{args.shape} {args.dtype}: {hardware}, {versions}")
-    print(f"{'T':>6} {'candidate':<12} {'ms':>9} {'GB/s':>7} {'read':>6} {'GFLOP/s':>8} {'peak':>6} {'moecore is':>11}")
+    columns = f"{'T':>6} {'candidate':<12} {'ms':>9} {'GB/s':>7} {'read':>6} {'GFLOP/s':>8} {'peak':>6}"
+    print(f"{columns} {'moecore is':>11}")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for tokens in args.tokens:
@@ -167,8 +172,8 @@ def main() -> None:
                 results.write(json.dumps(record) + "\n")
                 print(
                     f"{tokens:>6} {name:<12} {record['ms']:>9.3f} {record['weight_gb_per_s']:>7.2f} "
-                    f"{record['share_of_read']:>6.1%} {record['gflop_per_s']:>8.1f} {record['share_of_peak']:>6.1%} "
-                    f"{record['moecore_speedup']:>10.2f}x"
+                    f"{record['share_of_read']:>6.1%} {record['gflop_per_s']:>8.1f} "
+                    f"{record['share_of_peak']:>6.1%} {record['moecore_speedup']:>10.2f}x"
                 )
 
 
