@@ -30,7 +30,7 @@ subnormal, ``eps`` = 2^-23 an f32 operation, with room for accumulators that do 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,24 +46,25 @@ _EPS = 2.0**-23
 _UNIT_ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
 _HALF_SUBNORMAL = {"bf16": 2.0**-134, "f16": 2.0**-25, "f32": 2.0**-150}
 _LIPSCHITZ = 1.1  # of x * sigmoid(alpha * x): its derivative peaks at 1.0998
+_BLOCK = 2**18  # elements of a weight matrix taken at a time
 _TAIL = 8.0  # how many times its parameter an error may reach
 
 
 class ExpertWeights(NamedTuple):
-    """One expert in float64: w13 [2I, H], w2 [H, I] and their biases, zeros where the layer has none."""
+    """One expert: w13 [2I, H], w2 [H, I], biases [2I] and [H] or None. bf16 comes as its uint16 bits."""
 
-    w13: F64
-    w2: F64
-    w13_bias: F64
-    w2_bias: F64
+    w13: npt.NDArray[np.generic]
+    w2: npt.NDArray[np.generic]
+    w13_bias: npt.NDArray[np.generic] | None = None
+    w2_bias: npt.NDArray[np.generic] | None = None
 
 
-def to_float64(bits: npt.NDArray[np.generic], dtype: str) -> F64:
-    """Values of an array of ``dtype`` f32, f16 or bf16; bf16 comes as its uint16 bits."""
-    if dtype == "bf16":
-        wide = bits.view(np.uint16).astype(np.uint32) << np.uint32(16)
+def to_float64(values: npt.NDArray[np.generic]) -> F64:
+    """The values of an array; uint16 holds the bits of bf16."""
+    if values.dtype == np.uint16:
+        wide = values.astype(np.uint32) << np.uint32(16)
         return wide.view(np.float32).astype(np.float64)
-    return bits.astype(np.float64)
+    return values.astype(np.float64)
 
 
 def route(logits: F64, bias: F64 | None, ids: npt.NDArray[np.integer], layer: MoeLayer) -> tuple[F64, bool]:
@@ -121,19 +122,16 @@ def experts_layer(
     for e in np.unique(ids[ids >= 0]):
         token, slot = np.nonzero(ids == e)
         w = expert(int(e))
-        rows = x[token]
-        gate_up = rows @ w.w13.T + w.w13_bias
-        reach = np.abs(rows) @ np.abs(w.w13).T + np.abs(w.w13_bias)
+        gate_up, reach, _ = _product(x[token], w.w13, w.w13_bias)
         summed = (x.shape[1] + 2) * (_EPS * reach) ** 2
-        w2_squared = (w.w2**2).T
-        for path, error in enumerate((summed + (u * np.abs(gate_up) + eta) ** 2, summed)):
-            a, da = _activate(gate_up, error, layer)
-            da = da + (u * np.abs(a) + eta) ** 2
-            o = a @ w.w2.T + w.w2_bias
-            reach = np.abs(a) @ np.abs(w.w2).T + np.abs(w.w2_bias)
-            do = da @ w2_squared + (a.shape[1] + 2) * (_EPS * reach) ** 2
-            out[token, slot] = o
-            variance[path, token, slot] = do + (u * np.abs(o) + eta) ** 2
+        paths = [_activate(gate_up, v, layer) for v in (summed + (u * np.abs(gate_up) + eta) ** 2, summed)]
+        a = paths[0][0]
+        rounding = (u * np.abs(a) + eta) ** 2
+        o, reach, carried = _product(a, w.w2, w.w2_bias, [da + rounding for _, da in paths])
+        own = (a.shape[1] + 2) * (_EPS * reach) ** 2 + (u * np.abs(o) + eta) ** 2
+        out[token, slot] = o
+        for path, do in enumerate(carried):
+            variance[path, token, slot] = do + own
 
     w_j = weights[:, :, None]
     y = (w_j * out).sum(axis=1)
@@ -143,6 +141,35 @@ def experts_layer(
         _TAIL * np.sqrt((w_j**2 * do).sum(axis=1) + routed) + u * np.abs(y) + eta for do in variance
     )
     return y, separate, fused
+
+
+def _product(
+    rows: F64,
+    weights: npt.NDArray[np.generic],
+    bias: npt.NDArray[np.generic] | None,
+    variances: Sequence[F64] = (),
+) -> tuple[F64, F64, list[F64]]:
+    """``rows @ weights.T + bias``, the same of absolute values, and every ``variances @ (weights ** 2).T``.
+
+    In blocks of output columns that stay in a cache: one expert in float64 can be a gigabyte.
+    """
+    shape = (len(rows), len(weights))
+    out, reach, carried = np.empty(shape), np.empty(shape), [np.empty(shape) for _ in variances]
+    magnitude = np.abs(rows)
+    step = max(1, _BLOCK // weights.shape[1])
+    for first in range(0, len(weights), step):
+        block = slice(first, first + step)
+        w = to_float64(weights[block])
+        out[:, block] = rows @ w.T
+        np.abs(w, out=w)
+        reach[:, block] = magnitude @ w.T
+        np.square(w, out=w)
+        for target, variance in zip(carried, variances, strict=True):
+            target[:, block] = variance @ w.T
+    if bias is not None:
+        offset = to_float64(bias)
+        out, reach = out + offset, reach + np.abs(offset)
+    return out, reach, carried
 
 
 def _activate(gate_up: F64, error: F64, layer: MoeLayer) -> tuple[F64, F64]:

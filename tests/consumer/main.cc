@@ -1,6 +1,6 @@
 // A project that knows moecore by find_package alone: gathers rows, and catches what the library throws.
-#include <cstdio>
 #include <moecore/moecore.h>
+#include <cstdio>
 
 int main() {
   using moecore::TensorView, moecore::DType;
@@ -8,7 +8,8 @@ int main() {
   const int map[3] = {1, -1, 0};
   float out[3][3];
   const TensorView view = TensorView::dense(out, DType::kF32, {3, 3});
-  moecore::shuffle_rows(TensorView::dense(x, DType::kF32, {2, 3}), TensorView::dense(map, DType::kI32, {3}), view);
+  moecore::shuffle_rows(TensorView::dense(x, DType::kF32, {2, 3}), TensorView::dense(map, DType::kI32, {3}),
+                        view);
   for (const auto& row : out) std::printf("%g %g %g\n", row[0], row[1], row[2]);
   try {
     moecore::shuffle_rows(view, view, view);
