@@ -307,6 +307,32 @@ TEST_P(FusedExperts, BitsDoNotDependOnThreadsOrRepeats) {
   for (int threads : {1, 2, 5}) EXPECT_TRUE(equal(run(c, layer, threads), first)) << threads << " threads";
 }
 
+// No op of the layer allocates, synchronises or reads results on the host: it can be captured into a CUDA
+// graph, and a replay with new routing in the same tensors gives the new routing's result.
+TEST_P(FusedExperts, ReplaysAsAGraph) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "graphs are a CUDA feature";
+  const LayerCase c{.routing = {60, 4, 12}, .hidden = 96, .inter = 64};
+  Layer layer(c, device(), dtype(), Random(6));
+  Tensor out(device(), dtype(), {60, c.hidden});
+  const Stream stream(device());
+  Call call(device(), fused_experts_workspace_bytes(60, 4, 12, c.hidden, c.inter, dtype(), device()));
+  call.context().stream = stream.get();
+  const auto work = [&] {
+    fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
+                  layer.experts(c.activation), out, {}, call);
+  };
+  work();  // the first call may load kernels
+  synchronize(device());
+  Graph graph(stream, work);
+  for (std::uint64_t seed : {1, 2, 3}) {
+    layer.ids = c.routing.ids(seed);
+    layer.id_tensor.set(layer.ids);
+    out.poison();
+    graph.launch();
+    EXPECT_TRUE(equal(out.get(), compose(c, layer))) << "replay " << seed;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, FusedExperts, ::testing::ValuesIn(devices_times(float_types())),
                          device_dtype_name);
 

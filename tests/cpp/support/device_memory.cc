@@ -103,6 +103,37 @@ Stream::~Stream() {
 #endif
 }
 
+#ifdef MOECORE_HAS_CUDA
+Graph::Graph(const Stream& stream, const std::function<void()>& work) : stream_(stream.get()) {
+  const auto s = static_cast<cudaStream_t>(stream_);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cuda_try(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+  work();
+  cuda_try(cudaStreamEndCapture(s, &graph), "cudaStreamEndCapture");
+  cuda_try(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  cuda_try(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  executable_ = executable;
+}
+
+Graph::~Graph() {
+  cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_));
+}
+
+void Graph::launch() {
+  cuda_try(cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable_), static_cast<cudaStream_t>(stream_)),
+           "cudaGraphLaunch");
+}
+#else
+Graph::Graph(const Stream&, const std::function<void()>&) {
+  no_cuda();
+}
+Graph::~Graph() = default;
+void Graph::launch() {
+  no_cuda();
+}
+#endif
+
 void synchronize(Device device) {
   if (device.type == DeviceType::kCPU) return;
 #ifdef MOECORE_HAS_CUDA

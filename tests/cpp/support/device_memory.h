@@ -2,6 +2,7 @@
 // Memory of the device under test. The only part of the tests that knows CUDA.
 
 #include <cstddef>
+#include <functional>
 
 #include "moecore/tensor.h"
 
@@ -43,6 +44,20 @@ class Stream {
 
  private:
   void* stream_ = nullptr;
+};
+
+/// A CUDA graph of the work that `work` starts on `stream`, captured without running it.
+class Graph {
+ public:
+  Graph(const Stream& stream, const std::function<void()>& work);
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch();
+
+ private:
+  void* stream_ = nullptr;
+  void* executable_ = nullptr;
 };
 
 /// Waits for everything that was started on the device; throws what went wrong there.
