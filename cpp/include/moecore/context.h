@@ -22,8 +22,8 @@ struct ExecContext {
   /// Set: the op validates its arguments, appends which kernel and policy it would take and why, and returns
   /// without running anything.
   std::string* explain = nullptr;
-  /// For tuning: replaces fields of the op's CUDA launch policy, as in "threads=128 unroll=2". A name or value
-  /// that is not on offer throws InvalidArgument with those that are.
+  /// For tuning: replaces fields of the op's CUDA launch policy, as in "threads=128 unroll=2". A name or
+  /// value that is not on offer throws InvalidArgument with those that are.
   std::string_view policy{};
 };
 

@@ -38,7 +38,8 @@ struct PlanOptions {
 };
 
 /// Rows are stable by route: inside an expert they ascend in r, so the plan is the same on every run and
-/// engine. Ids are i32 or i64 [T,K]; R = T*K <= 2^31 - 1 - (scale_alignment - 1)*E. T = 0 and K = 0 give an empty plan.
+/// engine. Ids are i32 or i64 [T,K]; R = T*K <= 2^31 - 1 - (scale_alignment - 1)*E. T = 0 and K = 0 give an
+/// empty plan.
 void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, const ExecContext& ctx = {});
 
 /// Bytes of workspace that plan() needs.
