@@ -224,6 +224,31 @@ TEST_P(Route, DuplicateMaximaCountTwice) {
              {0, 1});
 }
 
+TEST_P(Route, UnselectableExpertsRankTheirGroupLast) {
+  // Group 0 has the largest key, but only one that can be selected: the sum of two is -infinity.
+  const Array logits({1, 6}, {4, kNaN, kInf, 1, 0.5, -1});
+  const oracle::RouteSpec spec{.top_k = 2, .scoring = Scoring::kSigmoid, .num_groups = 2, .topk_groups = 1};
+  expect_ids(logits, spec, {3, 4});
+  oracle::RouteSpec by_max = spec;
+  by_max.group_score = GroupScore::kMax;
+  expect_ids(logits, by_max, {0, -1});
+  // When every group ranks last, the lower groups win.
+  const Array none({1, 8}, {kNaN, 1, kNaN, 2, 3, kNaN, kNaN, 4});
+  expect_ids(none, {.top_k = 4, .scoring = Scoring::kSigmoid, .num_groups = 4, .topk_groups = 2},
+             {3, 1, -1, -1});
+  Random random(12);
+  Array many = random.floats({40, 32}, dtype(), -3, 3);
+  for (double& v : many.values)
+    if (random.below(2)) v = kNaN;
+  for (GroupScore group_score : {GroupScore::kTop2Sum, GroupScore::kMax})
+    expect_route(many, {.top_k = 6,
+                        .scoring = Scoring::kSigmoid,
+                        .num_groups = 8,
+                        .topk_groups = 3,
+                        .group_score = group_score,
+                        .renormalize = true});
+}
+
 TEST_P(Route, NonFiniteIsNeverSelected) {
   for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
     for (bool renormalize : {false, true}) {

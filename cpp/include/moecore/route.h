@@ -39,8 +39,8 @@ struct RouteOptions {
 /// left has id -1 and weight 0. weight_j = score_j, with `renormalize` score_j / (sum_j score_j + 1e-20) (sum
 /// in slot order), times `scale`. Softmax runs over the finite logits. Groups: with kTop2Sum a group's rank
 /// is the sum of its two largest keys (its only key when it has one expert), with kMax its largest key; ties
-/// go to the lower group. Keys in grouped selection are score + bias (bias 0 without one); in a rank, an expert that is
-/// never selected counts as -infinity.
+/// go to the lower group. Keys in grouped selection are score + bias (bias 0 without one); in a rank, an
+/// expert that is never selected counts as -infinity.
 ///
 /// Semantics follow vLLM topk_softmax / grouped_topk ("f32 everywhere" variants) and DeepSeek-V3's noaux_tc.
 void route(const TensorView& logits, const TensorView& weights, const TensorView& ids,

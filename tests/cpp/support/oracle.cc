@@ -198,9 +198,8 @@ RouteResult route(const Array& logits, const RouteSpec& spec) {
         std::vector<double> keys;
         for (auto e = g * static_cast<std::size_t>(group_size);
              e < (g + 1) * static_cast<std::size_t>(group_size); ++e)
-          if (eligible[e]) keys.push_back(key[e]);
+          keys.push_back(eligible[e] ? key[e] : -kInf);
         std::sort(keys.rbegin(), keys.rend());
-        if (keys.empty()) continue;
         rank[g] = keys[0] + (spec.group_score == GroupScore::kTop2Sum && keys.size() > 1 ? keys[1] : 0);
       }
       std::vector<std::size_t> order(groups);
