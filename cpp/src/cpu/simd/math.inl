@@ -1,6 +1,6 @@
-// exp, logistic products and the normal distribution, in f32. Every level runs the same operations in the same order
-// with the same roundings, so results do not depend on the instruction set. Largest error over every 127th of all f32
-// values, in units in the last place of the exact result: gelu 5.2, the others 3.3.
+// exp, logistic products and the normal distribution, in f32. Every level runs the same operations in the
+// same order with the same roundings, so results do not depend on the instruction set. Largest error over
+// every 127th of all f32 values, in units in the last place of the exact result: gelu 5.2, the others 3.3.
 
 /// A number in two factors, `scale` a power of two. Multiplying by one after the other rounds a product below
 /// 2^-126 once, and keeps the bits of a large one times a number that alone would be denormal.

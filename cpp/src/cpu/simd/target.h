@@ -7,8 +7,8 @@
 // like -mavx2 per file would also reach inline functions of the standard library, and the linker might keep
 // that copy for every CPU.
 
-// Vectors are passed by value, so every helper on them must be inlined: out of line they would take another ABI
-// on each level.
+// Vectors are passed by value, so every helper on them must be inlined: out of line they would take another
+// ABI on each level.
 #define MOECORE_INLINE [[gnu::always_inline]] inline
 
 #define MOECORE_PRAGMA(text) _Pragma(#text)
