@@ -26,7 +26,7 @@ inline constexpr bool kFusedMultiplyAdd = true;
 
 // 16 registers: sums, as many weights, one x.
 constexpr int tile_cols(int rows) {
-  return rows == 1 ? 6 : rows == 2 ? 4 : 3;
+  return rows <= 2 ? 4 : 3;
 }
 #include "cpu/gemm/dot.inl"
 #include "cpu/gemm/finish.inl"

@@ -7,7 +7,7 @@
 // the same order in every tile shape, so the bits of a result depend on its two rows alone, not on how many
 // rows the expert has or on the number of threads.
 //
-// Loops: depth that fits the panel > tiles of weight rows > kSumDepth > tiles of rows. A weight tile (3 x 2
+// Loops: depth that fits the panel > tiles of weight rows > kSumDepth > groups of rows. A weight tile (3 x 2
 // KiB of bf16) stays in L1 while the panel streams past it from L2; meanwhile the first of these passes
 // prefetches the next weight tile, so that reading weights from DRAM hides behind the arithmetic.
 //
@@ -50,15 +50,23 @@ MOECORE_INLINE void dot_step(const typename P::Operand* x, const std::byte* cons
   }
 }
 
-// c[i,j] = or, when not `fresh`, += the dot products of the panel at x with kCols weight rows at w.
+// Weight rows and result columns of a tile.
+struct Tile {
+  const std::byte* w;
+  std::int64_t w_pitch;  // from one of its weight rows to the next
+  std::int64_t next;     // from a weight row to that of the next tile
+  int c_step;            // from one of its columns to the next
+};
+
+// c[i, j] = or, when not `fresh`, += the dot products of the panel at x with the tile's weight rows.
 template <class P, int kRows, int kCols, bool kPrefetch>
-void dot_tile(const typename P::Operand* x, const std::byte* w, std::int64_t w_pitch, std::int64_t depth,
-              bool fresh, float* c, int c_pitch) {
+void dot_tile(const typename P::Operand* x, const Tile& tile, std::int64_t depth, bool fresh, float* c,
+              int c_pitch) {
   typename P::Sum sum[kRows][kCols];
   const std::byte* wp[kCols];
 #pragma GCC unroll 8
   for (int j = 0; j < kCols; ++j) {
-    wp[j] = w + j * w_pitch;
+    wp[j] = tile.w + j * tile.w_pitch;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) sum[i][j] = P::zero();
   }
@@ -69,7 +77,7 @@ void dot_tile(const typename P::Operand* x, const std::byte* w, std::int64_t w_p
   if constexpr (kPrefetch) {  // by lines of 64 bytes
     for (; at + 64 <= whole; at += 64) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kCols; ++j) __builtin_prefetch(wp[j] + at + kCols * w_pitch);
+      for (int j = 0; j < kCols; ++j) __builtin_prefetch(wp[j] + at + tile.next);
 #pragma GCC unroll 8
       for (int s = 0; s < 64 / kStepBytes; ++s, x += kRows) dot_step<P>(x, wp, at + s * kStepBytes, sum);
     }
@@ -88,7 +96,7 @@ void dot_tile(const typename P::Operand* x, const std::byte* w, std::int64_t w_p
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kCols; ++j) {
-      float& to = c[i * c_pitch + j];
+      float& to = c[i * c_pitch + j * tile.c_step];
       to = (fresh ? 0.0f : to) + P::add_lanes(sum[i][j]);
     }
 }
@@ -111,41 +119,42 @@ struct Panel {
   Groups groups;
 };
 
-// Part of a panel, `depth` elements from step `step` on, against one tile of weight rows. The largest group
-// has kRows rows.
+// Part of a panel, `depth` elements from step `step` on, against one tile. The largest group has kRows rows.
 template <class P, int kRows, int kCols>
-void dot_groups(const Panel<P>& x, std::int64_t step, const std::byte* w, std::int64_t w_pitch,
-                std::int64_t depth, bool fresh, float* c, int c_pitch) {
+void dot_groups(const Panel<P>& x, std::int64_t step, const Tile& tile, std::int64_t depth, bool fresh,
+                float* c, int c_pitch) {
   const Groups& g = x.groups;
   for (int group = 0; group < g.count; ++group) {
     const int first = g.first(group), rows = g.rows(group);
     const typename P::Operand* from = x.data + x.steps * first + step * rows;
     float* to = c + first * c_pitch;
     if (rows < kRows)
-      dot_tile<P, (kRows > 1 ? kRows - 1 : 1), kCols, false>(from, w, w_pitch, depth, fresh, to, c_pitch);
+      dot_tile<P, (kRows > 1 ? kRows - 1 : 1), kCols, false>(from, tile, depth, fresh, to, c_pitch);
     else if (group > 0)
-      dot_tile<P, kRows, kCols, false>(from, w, w_pitch, depth, fresh, to, c_pitch);
+      dot_tile<P, kRows, kCols, false>(from, tile, depth, fresh, to, c_pitch);
     else
-      dot_tile<P, kRows, kCols, true>(from, w, w_pitch, depth, fresh, to, c_pitch);
+      dot_tile<P, kRows, kCols, true>(from, tile, depth, fresh, to, c_pitch);
   }
 }
 
-// The panel against a run of weight rows.
+// The panel against a run of weight rows. The rows of a tile stand a kCols-th of the run apart, so that the
+// tiles walk down kCols streams of consecutive addresses, which is how the hardware's prefetchers are
+// fastest.
 template <class P, int kRows>
 void dot_run(const Panel<P>& x, const WeightRows& run, std::int64_t w_pitch, std::int64_t start,
              std::int64_t packed, float* c, int c_pitch) {
   constexpr int kCols = P::cols(kRows);
-  const std::byte* w = run.data + start * P::kWBytes;
-  for (int left = run.rows; left > 0;) {
-    const bool full = left >= kCols;
-    for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth)
-      (full ? dot_groups<P, kRows, kCols>
-            : dot_groups<P, kRows, 1>)(x, first / P::kStep, w + first * P::kWBytes, w_pitch,
-                                       std::min(kSumDepth, packed - first), start + first == 0, c, c_pitch);
-    const int cols = full ? kCols : 1;
-    left -= cols;
-    w += cols * w_pitch;
-    c += cols;
+  const int tiles = run.rows / kCols;
+  for (int t = 0; t < tiles + run.rows % kCols; ++t) {
+    const bool full = t < tiles;
+    const int col = full ? t : kCols * tiles + (t - tiles);
+    for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth) {
+      const Tile tile{run.data + col * w_pitch + (start + first) * P::kWBytes, tiles * w_pitch, w_pitch,
+                      tiles};
+      const auto multiply = full ? dot_groups<P, kRows, kCols> : dot_groups<P, kRows, 1>;
+      multiply(x, first / P::kStep, tile, std::min(kSumDepth, packed - first), start + first == 0, c + col,
+               c_pitch);
+    }
   }
 }
 
