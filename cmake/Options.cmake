@@ -1,10 +1,10 @@
 # Every option of the build, and what all targets share.
 
 set(MOECORE_CUDA AUTO CACHE STRING
-    "CUDA engine: AUTO (when nvcc is found), ON, OFF, or pip (compiler from NVIDIA's wheels)")
+    "CUDA engine: AUTO (with nvcc and a GPU or a list of architectures), ON, OFF, or pip (NVIDIA's wheels)")
 set_property(CACHE MOECORE_CUDA PROPERTY STRINGS AUTO ON OFF pip)
-set(MOECORE_CUDA_ARCHITECTURES "80;90a;100f;120f" CACHE STRING
-    "CUDA architectures to compile for, as CMAKE_CUDA_ARCHITECTURES; 'native' is allowed")
+set(MOECORE_CUDA_ARCHITECTURES "" CACHE STRING
+    "CUDA architectures, for example 80;90a;100f;120f. Empty: those of this machine's GPUs, else that list")
 option(BUILD_SHARED_LIBS "Build libmoecore as a shared library" OFF)
 option(MOECORE_PYTHON "Build the Python extension" OFF)
 option(MOECORE_TESTS "Build the C++ tests" ${PROJECT_IS_TOP_LEVEL})

@@ -16,7 +16,7 @@ namespace moecore::cuda {
 namespace {
 
 constexpr char kWhy[] =
-    "this build of moecore has no CUDA engine (MOECORE_CUDA=OFF, or no nvcc when it was built)";
+    "this build of moecore has no CUDA engine (MOECORE_CUDA=OFF, or AUTO where no nvcc or GPU was found)";
 
 [[noreturn]] void refuse(const char* op) {
   throw BackendError(std::string(op) + ": " + kWhy + "; the CPU engine is available: pass CPU tensors");
