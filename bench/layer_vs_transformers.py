@@ -11,7 +11,7 @@ measured peak.
 
     PYTHONPATH=build/dev/python python bench/layer_vs_transformers.py --threads 2
 
-Needs torch and transformers; appends a JSON line per measurement to bench/results/layer_vs_transformers.jsonl.
+Needs torch and transformers; appends a JSON line per measurement to bench/results.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def main() -> None:
                     rounds[name].append(statistics.median(times))
 
         medians = {name: statistics.median(times) for name, times in rounds.items()}
-        with args.out.open("a") as results:
+        with args.out.open("a") as lines:
             for name, seconds in medians.items():
                 record = {
                     "shape": args.shape,
@@ -169,7 +169,7 @@ def main() -> None:
                     "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                     "command": " ".join(["bench/layer_vs_transformers.py", *sys.argv[1:]]),
                 }
-                results.write(json.dumps(record) + "\n")
+                lines.write(json.dumps(record) + "\n")
                 print(
                     f"{tokens:>6} {name:<12} {record['ms']:>9.3f} {record['weight_gb_per_s']:>7.2f} "
                     f"{record['share_of_read']:>6.1%} {record['gflop_per_s']:>8.1f} "
