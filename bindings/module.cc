@@ -13,6 +13,7 @@
 namespace moecore::python {
 
 void bind_ops(nb::module_& m);
+void bind_quantize(nb::module_& m);
 Device parse_device(std::string_view text);
 
 namespace {
@@ -76,4 +77,5 @@ NB_MODULE(_core, m) {
   bind_call_settings(m);
   bind_info(m);
   bind_ops(m);
+  bind_quantize(m);
 }

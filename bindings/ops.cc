@@ -49,6 +49,8 @@ T parse(const char* op, const char* argument, std::string_view text, Choices<T> 
                         "\", expected one of " + names);
 }
 
+}  // namespace
+
 // Parameters left out take the values of the kind: gpt-oss's for swiglu_oai, neutral ones for the others.
 Activation parse_activation(const char* op, std::string_view kind, std::string_view order,
                             OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit) {
@@ -73,6 +75,8 @@ Activation parse_activation(const char* op, std::string_view kind, std::string_v
   if (limit) activation.limit = *limit;
   return activation;
 }
+
+namespace {
 
 DType parse_dtype_name(std::string_view text) {
   if (const auto dtype = parse_dtype(text)) return *dtype;

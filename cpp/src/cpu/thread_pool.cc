@@ -139,15 +139,13 @@ class Pool {
 };
 
 // Leaked on purpose: detached workers may outlive static destruction. A forked child has no workers, so it
-// gets a fresh pool.
+// gets a fresh pool. Not std::call_once: it passes its function through a thread-local of libstdc++, which the
+// extension's static TLS model could not reach once another package has loaded that library.
 Pool* g_pool = nullptr;
-std::once_flag g_once;
 
 Pool& pool() {
-  std::call_once(g_once, [] {
-    g_pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
-  });
+  static const int once = (g_pool = new Pool, pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; }));
+  static_cast<void>(once);
   return *g_pool;
 }
 

@@ -1,0 +1,195 @@
+"""The quantisation half of moecore.compat.vllm: vLLM's _custom_ops for fp8, NVFP4 and MXFP4 activations.
+
+Sources of the semantics: vLLM 0.33. Where vLLM leaves bytes undefined (padding of expert scales) they are
+zero, a zero tensor gets a finite fp8 scale, and a NaN stays NaN (e4m3 0x7F). fp8 codes are those of
+x * rcp(scale) for every granularity; vLLM divides in its per-token kernel, which differs by one code in rare
+ties.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import moecore
+from moecore.quantize import QuantFormat, Quantized, quantize
+
+_SWIZZLED, _LINEAR, _SMALL = "swizzled_128x4", "linear", "swizzled_8x4"
+_E4M3 = torch.float8_e4m3fn
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.uint8 else x.view(torch.uint8)
+
+
+def scaled_fp4_quant(
+    input: Tensor,
+    input_global_scale: Tensor,
+    is_sf_swizzled_layout: bool = True,
+    backend: str = "none",
+    padded_n: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NVFP4: input [..,n] -> (u8 [m, padded_n/2], e4m3 scales); scale padding is zero."""
+    x = _flat(input)
+    cols = x.shape[1]
+    padded = cols if padded_n is None else padded_n
+    small = "trtllm" in backend and x.shape[0] <= 32
+    layout = (_SMALL if small else _SWIZZLED) if is_sf_swizzled_layout else _LINEAR
+    fmt = QuantFormat("nvfp4", layout=layout)
+    data = torch.empty(x.shape[0], padded // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(fmt.scale_shape(x.shape[0], padded), dtype=torch.uint8, device=x.device)
+    quantize(x, fmt, global_scale=input_global_scale.reshape(1), out=(data, scales))
+    return data, scales.view(_E4M3)
+
+
+def _experts(
+    x: Tensor, kind: str, expert_offsets: Tensor, scale_offsets: Tensor, **options: object
+) -> Quantized:
+    return quantize(
+        x,
+        QuantFormat(kind, layout=_SWIZZLED),
+        expert_offsets=expert_offsets,
+        scale_offsets=scale_offsets,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def scaled_fp4_experts_quant(
+    input_tensor: Tensor,
+    input_global_scale: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    topk: int,
+) -> tuple[Tensor, Tensor]:
+    """NVFP4 per expert: (u8 [m_topk, k/2], e4m3 scales [rows that fit every split, k/16 rounded up to 4])."""
+    q = _experts(
+        input_tensor, "nvfp4", expert_offsets, blockscale_offsets, global_scale=input_global_scale.reshape(-1)
+    )
+    return q.data, q.scales.view(_E4M3)
+
+
+def silu_and_mul_scaled_fp4_experts_quant(
+    input_tensor: Tensor,
+    input_global_scale: Tensor,
+    expert_offsets: Tensor,
+    blockscale_offsets: Tensor,
+    topk: int,
+) -> tuple[Tensor, Tensor]:
+    """scaled_fp4_experts_quant(silu(gate) * up) of input [m_topk, 2k], gate first."""
+    q = _experts(
+        input_tensor,
+        "nvfp4",
+        expert_offsets,
+        blockscale_offsets,
+        global_scale=input_global_scale.reshape(-1),
+        activation="silu",
+    )
+    return q.data, q.scales.view(_E4M3)
+
+
+def mxfp4_experts_quant(
+    input_tensor: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, n_experts: int, topk: int
+) -> tuple[Tensor, Tensor]:
+    """MXFP4 per expert, scales rounded at 1.75: (u8 [m_topk, k/2], u8 e8m0 scales)."""
+    return _experts(input_tensor, "mxfp4", expert_offsets, blockscale_offsets)
+
+
+def silu_and_mul_mxfp4_experts_quant(
+    input_tensor: Tensor, expert_offsets: Tensor, blockscale_offsets: Tensor, n_experts: int, topk: int
+) -> tuple[Tensor, Tensor]:
+    """mxfp4_experts_quant(silu(gate) * up) of input [m_topk, 2k], gate first."""
+    return _experts(input_tensor, "mxfp4", expert_offsets, blockscale_offsets, activation="silu")
+
+
+def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
+    """Writes e4m3(input * rcp(scale)) to `result`, scale f32 [1]."""
+    quantize(_flat(input), "fp8_tensor_static", out=(_bytes(_flat(result)), scale.reshape(1, 1)))
+
+
+def dynamic_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
+    """The same with scale = largest magnitude / 448, which is written to `scale`."""
+    quantize(_flat(input), "fp8_tensor", out=(_bytes(_flat(result)), scale.view(1, 1)))
+
+
+def dynamic_per_token_scaled_fp8_quant(
+    result: Tensor, input: Tensor, scale: Tensor, scale_ub: Tensor | None = None
+) -> None:
+    """One scale a row, at least 1 / (448 * 512), to `scale` [m,1]; `scale_ub` caps the magnitude."""
+    fmt = QuantFormat("fp8_token", amax_cap=None if scale_ub is None else float(scale_ub))
+    quantize(_flat(input), fmt, out=(_bytes(_flat(result)), scale.view(-1, 1)))
+
+
+def per_token_group_fp8_quant(
+    x: Tensor,
+    group_size: int,
+    eps: float = 1e-10,
+    dtype: torch.dtype | None = None,
+    column_major_scales: bool = False,
+    tma_aligned_scales: bool = False,
+    out_q: Tensor | None = None,
+    use_ue8m0: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """fp8 in groups of 128 columns: (e4m3 [..,k], f32 scales [.., k/128], strided when column-major)."""
+    if group_size != 128:
+        raise NotImplementedError(f"per_token_group_fp8_quant: group_size is {group_size}, expected 128")
+    if dtype not in (None, _E4M3):
+        raise TypeError(f"per_token_group_fp8_quant: dtype is {dtype}, expected torch.float8_e4m3fn")
+    rows = _flat(x)
+    m, groups = rows.shape[0], -(-rows.shape[1] // 128)
+    q = torch.empty(x.shape, dtype=_E4M3, device=x.device) if out_q is None else out_q
+    fmt = QuantFormat(
+        "fp8_block128",
+        layout="column_major" if column_major_scales else _LINEAR,
+        power_of_two=bool(use_ue8m0),
+        amax_floor=eps,
+    )
+    if column_major_scales:
+        pitch = -(-m // 4) * 4 if tma_aligned_scales else m
+        held = torch.empty(groups, pitch, dtype=torch.float32, device=x.device)
+        scales = held.t()[:m]
+    else:
+        held = torch.empty(m, groups, dtype=torch.float32, device=x.device)
+        scales = held
+    quantize(rows, fmt, out=(_bytes(_flat(q)), held))
+    return q, scales if column_major_scales else scales.view(*x.shape[:-1], groups)
+
+
+def silu_and_mul_per_block_quant(
+    input: Tensor, group_size: int = 128, scale_ub: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantises silu(gate) * up, rounded to the input's type, in groups of 128: (e4m3, f32 scales)."""
+    if group_size != 128:
+        raise NotImplementedError(f"silu_and_mul_per_block_quant: group_size is {group_size}, expected 128")
+    fmt = QuantFormat("fp8_block128", amax_floor=1 / 512, amax_cap=scale_ub)
+    q = quantize(_flat(input), fmt, activation="silu")
+    return q.data.view(_E4M3), q.scales
+
+
+def silu_and_mul(out: Tensor, x: Tensor) -> None:
+    """Writes silu(gate) * up to `out`, rounded once (vLLM rounds silu(gate) first)."""
+    moecore.activate(_flat(x), "silu", out=_flat(out))
+
+
+def swigluoai_and_mul(out: Tensor, x: Tensor, alpha: float = 1.702, limit: float = 7.0) -> None:
+    """gpt-oss's activation of interleaved (gate, up) pairs."""
+    moecore.activate(_flat(x), "swiglu_oai", order="interleaved", alpha=alpha, limit=limit, out=_flat(out))
+
+
+__all__ = [
+    "dynamic_per_token_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "mxfp4_experts_quant",
+    "per_token_group_fp8_quant",
+    "scaled_fp4_experts_quant",
+    "scaled_fp4_quant",
+    "silu_and_mul",
+    "silu_and_mul_mxfp4_experts_quant",
+    "silu_and_mul_per_block_quant",
+    "silu_and_mul_scaled_fp4_experts_quant",
+    "static_scaled_fp8_quant",
+    "swigluoai_and_mul",
+]
