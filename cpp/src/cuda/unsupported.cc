@@ -1,7 +1,6 @@
 // Ops that have no CUDA kernel.
 
 #include "moecore/error.h"
-#include "ops/grouped_gemm.h"
 #include "ops/quantize.h"
 
 namespace moecore::cuda {
@@ -15,12 +14,6 @@ namespace {
 
 }  // namespace
 
-void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
-  refuse("grouped_gemm");
-}
-std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType) {
-  return 0;
-}
 void quantize(const QuantizeProblem&, const ExecContext&) {
   refuse("quantize");
 }

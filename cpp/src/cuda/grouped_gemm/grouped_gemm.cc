@@ -1,0 +1,102 @@
+// grouped_gemm on CUDA: the engines in order of preference, and the one that takes the problem.
+
+#include "ops/grouped_gemm.h"
+
+#include <cmath>
+
+#include "cuda/grouped_gemm/engines.h"
+#include "cuda/grouped_gemm/sm90.h"
+#include "moecore/error.h"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr const GroupedGemmEngine* kEngines[] = {&kSm90Engine, &kPortableEngine};
+
+}  // namespace
+
+bool is_sigmoid_family(const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::kSilu:
+    case ActivationKind::kQuickGelu:
+    case ActivationKind::kGeluTanh:
+    case ActivationKind::kSwigluOai:
+      return true;
+    default:
+      return false;
+  }
+}
+
+GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
+  GroupedGemmArgs args;
+  args.x = p.x;
+  args.x_stride = p.x_stride;
+  args.weights = p.weights;
+  args.weight_expert_stride = p.weight_expert_stride;
+  args.weight_row_stride = p.weight_row_stride;
+  args.row_token = p.row_token;
+  args.expert_offsets = p.expert_offsets;
+  args.num_experts = static_cast<int>(p.num_experts);
+  args.k = static_cast<int>(p.k);
+  EpilogueArgs& e = args.epilogue;
+  e.out = p.out;
+  e.out_stride = p.out_stride;
+  e.columns = static_cast<int>(p.n);
+  e.bias = p.bias;
+  e.bias_is_f32 = p.bias_dtype == DType::kF32;
+  e.bias_stride = p.bias_stride;
+  e.row_weights = p.row_weights;
+  e.row_weight_dtype = p.row_weight_dtype;
+  if (!p.activation) return args;
+
+  const Activation& activation = *p.activation;
+  e.activated = true;
+  e.gated = activation.gated();
+  e.kind = activation.kind;
+  e.alpha = activation.alpha;
+  e.beta = activation.beta;
+  e.limit = activation.limit;
+  double linear = 1, cubic = 0;
+  if (activation.kind == ActivationKind::kQuickGelu) linear = 1.702;
+  if (activation.kind == ActivationKind::kSwigluOai) linear = activation.alpha;
+  if (activation.kind == ActivationKind::kGeluTanh) {
+    linear = 2 * std::sqrt(2 / M_PI);  // (1 + tanh(y)) / 2 = sigmoid(2y), y = sqrt(2/pi) * (g + 0.044715 g^3)
+    cubic = linear * 0.044715;
+  }
+  e.linear_log2e = static_cast<float>(-linear * M_LOG2E);
+  e.cubic_log2e = static_cast<float>(-cubic * M_LOG2E);
+  if (activation.gated()) {
+    e.columns = static_cast<int>(p.n / 2);
+    e.row_step = activation.order == GateOrder::kInterleaved ? 2 : 1;
+    const int second = activation.order == GateOrder::kInterleaved ? 1 : e.columns;
+    e.gate_first = activation.order == GateOrder::kUpGate ? second : 0;
+    e.up_first = activation.order == GateOrder::kUpGate ? 0 : second;
+  }
+  return args;
+}
+
+void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  const DeviceInfo& device = open_device("grouped_gemm", ctx);
+  std::string passed_over;
+  for (const GroupedGemmEngine* engine : kEngines) {
+    const std::string refusal = engine->refusal(p, device);
+    if (!refusal.empty()) {
+      passed_over.append("; not ").append(engine->name).append(": ").append(refusal);
+      continue;
+    }
+    auto describe = [&] { return "cuda, " + engine->describe(p, device, ctx) + passed_over; };
+    if (explained(ctx, "grouped_gemm", describe)) return;
+    if (p.num_rows == 0 || p.num_experts == 0 || p.n == 0) return;
+    const DeviceGuard guard(device);
+    engine->run(p, device, ctx);
+    return;
+  }
+  throw Unsupported("grouped_gemm: no CUDA engine takes this problem" + passed_over);
+}
+
+std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                                         DType dtype) {
+  return dtype == DType::kF32 ? 0 : sm90::StreamK::kBytes;
+}
+
+}  // namespace moecore::cuda

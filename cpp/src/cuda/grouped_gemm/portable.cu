@@ -1,0 +1,304 @@
+// The engine that takes every problem on every architecture from sm_80 on: any K, N, alignment and
+// activation.
+//
+// As in the Hopper engine the weights are the MMA's rows and the tokens its columns. A block of four warps
+// computes 128 weight rows x kTokens tokens, 32 rows a warp, from a ring of three steps of 64 bytes of K:
+//   bf16, f16   mma.sync m16n8k16, fragments by ldmatrix;
+//   f32         fma on the same fragments, in ascending k.
+// A row of shared memory is 64 bytes of K and 16 of padding, so that eight rows of a fragment fall into
+// different banks. Rows reach it by 16-byte cp.async, or element by element when they are not aligned;
+// everything beyond K, N or the tile's rows is zero.
+
+#include <cstdio>
+
+#include "cuda/activation.cuh"
+#include "cuda/device/ptx.cuh"
+#include "cuda/grouped_gemm/engines.h"
+#include "cuda/grouped_gemm/epilogue.cuh"
+#include "cuda/grouped_gemm/tiles.cuh"
+#include "cuda/types.cuh"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kTileRows = 128;
+constexpr int kStages = 3;
+constexpr int kStepBytes = 64;  // of K
+constexpr int kPitch = kStepBytes + 16;
+constexpr int kPieces = kStepBytes / 16;
+
+__device__ __forceinline__ unsigned smem_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// ---- fragments: c[0], c[1] are row lane / 4 of tokens 2 (lane % 4) and + 1, c[2], c[3] the row eight
+// further down
+
+__device__ __forceinline__ void load_fragments(const std::byte* p, unsigned (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(smem_address(p)));
+}
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                    __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// One step: 32 weight rows times kTokens tokens.
+template <class T, int kTokens>
+__device__ __forceinline__ void multiply(const std::byte* weights, const std::byte* tokens,
+                                         float (&c)[2][kTokens / 8][4]) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < kStepBytes; k += 32) {
+      unsigned a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        load_fragments(weights + (m * 16 + lane % 16) * kPitch + k + lane / 16 * 16, a[m]);
+#pragma unroll
+      for (int n = 0; n < kTokens / 16; ++n) {
+        unsigned b[4];
+        load_fragments(tokens + (n * 16 + lane / 16 * 8 + lane % 8) * kPitch + k + lane / 8 % 2 * 16, b);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          mma(c[m][2 * n], a[m], b[0], b[1], T{});
+          mma(c[m][2 * n + 1], a[m], b[2], b[3], T{});
+        }
+      }
+    }
+  } else {
+    auto element = [](const std::byte* rows, int row, int k) {
+      return *reinterpret_cast<const float*>(rows + row * kPitch + k * 4);
+    };
+#pragma unroll 4
+    for (int k = 0; k < kStepBytes / 4; ++k) {
+      float a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = element(weights, i * 8 + lane / 4, k);
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float b = element(tokens, n * 8 + lane % 4 * 2 + j, k);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            c[i / 2][n][i % 2 * 2 + j] = __fmaf_rn(a[i], b, c[i / 2][n][i % 2 * 2 + j]);
+        }
+    }
+  }
+}
+
+/// 16 bytes of a row's K into shared memory; `from` null: zeros.
+template <class T, bool kAligned>
+__device__ __forceinline__ void load_piece(std::byte* to, const T* from, int k, int k_end) {
+  constexpr int kElements = 16 / sizeof(T);
+  const int left = from ? min(kElements, k_end - k) : 0;
+  if constexpr (kAligned) {
+    const int bytes = max(left, 0) * static_cast<int>(sizeof(T));
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(smem_address(to)),
+                 "l"(bytes ? from + k : nullptr), "r"(bytes)
+                 : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) reinterpret_cast<T*>(to)[i] = i < left ? from[k + i] : T(0.0f);
+  }
+}
+
+/// Not inlined: the kinds' code once, not for every accumulator.
+__device__ __noinline__ float apply_activation(const EpilogueArgs& e, float gate, float up) {
+  const ActivationParams params{e.alpha, e.beta, e.limit};
+  auto apply = [&]<ActivationKind kKind>() {
+    return e.gated ? activate_gated<kKind>(gate, up, params) : activate_plain<kKind>(gate, params);
+  };
+  using enum ActivationKind;
+  switch (e.kind) {
+    case kSilu:
+      return apply.template operator()<kSilu>();
+    case kGelu:
+      return apply.template operator()<kGelu>();
+    case kGeluTanh:
+      return apply.template operator()<kGeluTanh>();
+    case kQuickGelu:
+      return apply.template operator()<kQuickGelu>();
+    case kRelu:
+      return apply.template operator()<kRelu>();
+    case kRelu2:
+      return apply.template operator()<kRelu2>();
+    default:
+      return apply.template operator()<kSwigluOai>();
+  }
+}
+
+template <class T, int kTokens>
+__device__ __forceinline__ void store(const EpilogueArgs& e, const Tile& tile,
+                                      const float (&c)[2][kTokens / 8][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  T* out = static_cast<T*>(e.out);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int row16 = warp * 2 + m;  // sixteen weight rows: eight columns when gated
+    const int column = e.gated ? (tile.weight_tile * kTileRows / 16 + row16) * 8 + lane / 4
+                               : tile.weight_tile * kTileRows + row16 * 16 + lane / 4;
+    const BiasPair bias = e.gated ? bias_pair<T, SigmoidGate>(e, tile.expert, column)
+                                  : bias_pair<T, Linear>(e, tile.expert, column);
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int token = n * 8 + lane % 4 * 2 + j;
+        if (token >= tile.rows) continue;
+        const float w = row_weight(e, tile.row + token);
+        const float first = __fmaf_rn(c[m][n][j], w, bias.first),
+                    second = __fmaf_rn(c[m][n][2 + j], w, bias.second);
+        T* to = out + (tile.row + token) * e.out_stride + column;
+        if (e.gated) {
+          if (column < e.columns) to[0] = dev::from_f32<T>(apply_activation(e, first, second));
+        } else {
+          if (column < e.columns)
+            to[0] = dev::from_f32<T>(e.activated ? apply_activation(e, first, 0.0f) : first);
+          if (column + 8 < e.columns)
+            to[8] = dev::from_f32<T>(e.activated ? apply_activation(e, second, 0.0f) : second);
+        }
+      }
+  }
+}
+
+template <class T, int kTokens, bool kAligned>
+__global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constant__ GroupedGemmArgs args) {
+  __shared__ __align__(16) std::byte weights[kStages][kTileRows * kPitch];
+  __shared__ __align__(16) std::byte tokens[kStages][kTokens * kPitch];
+  __shared__ int group_tiles[kMaxExpertGroups];
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  count_group_tiles(args, group_tiles);
+  __syncthreads();
+
+  constexpr int kStepK = kStepBytes / sizeof(T);
+  const int steps = (args.k + kStepK - 1) / kStepK;
+  const int warp = threadIdx.x / 32, piece = threadIdx.x % kPieces;
+  TileCursor cursor(args, group_tiles);
+  for (int number = blockIdx.x;; number += gridDim.x) {
+    const Tile tile = cursor.find(number);
+    if (tile.rows == 0) return;
+
+    // The rows that this thread copies: r, r + 32, ...
+    constexpr int kRowsAtOnce = kThreads / kPieces;
+    const int r = threadIdx.x / kPieces;
+    auto weight_row = [&](int i) -> const T* {
+      const EpilogueArgs& e = args.epilogue;
+      const int row = r + i * kRowsAtOnce;
+      const int column =
+          tile.weight_tile * (e.gated ? kTileRows / 2 : kTileRows) + (e.gated ? row / 16 * 8 + row % 8 : row);
+      if (column >= e.columns) return nullptr;
+      const std::int64_t at =
+          !e.gated ? column : (row % 16 < 8 ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
+      return static_cast<const T*>(args.weights) + tile.expert * args.weight_expert_stride +
+             at * args.weight_row_stride;
+    };
+    auto token_row = [&](int i) -> const T* {
+      const int row = r + i * kRowsAtOnce;
+      if (row >= tile.rows) return nullptr;
+      const std::int64_t at = args.row_token ? args.row_token[tile.row + row] : tile.row + row;
+      return static_cast<const T*>(args.x) + at * args.x_stride;
+    };
+    constexpr int kWeightRows = kTileRows / kRowsAtOnce,
+                  kTokenRows = (kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    const T* weight_rows[kWeightRows];
+    const T* token_rows[kTokenRows];
+#pragma unroll
+    for (int i = 0; i < kWeightRows; ++i) weight_rows[i] = weight_row(i);
+#pragma unroll
+    for (int i = 0; i < kTokenRows; ++i) token_rows[i] = token_row(i);
+    auto load = [&](int step) {
+      if (step < steps) {
+        const int stage = step % kStages, k = step * kStepK + piece * (16 / static_cast<int>(sizeof(T)));
+#pragma unroll
+        for (int i = 0; i < kWeightRows; ++i)
+          load_piece<T, kAligned>(weights[stage] + (r + i * kRowsAtOnce) * kPitch + piece * 16,
+                                  weight_rows[i], k, args.k);
+#pragma unroll
+        for (int i = 0; i < kTokenRows; ++i)
+          if (r + i * kRowsAtOnce < kTokens)
+            load_piece<T, kAligned>(tokens[stage] + (r + i * kRowsAtOnce) * kPitch + piece * 16,
+                                    token_rows[i], k, args.k);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+
+    float c[2][kTokens / 8][4] = {};
+    for (int step = 0; step < kStages - 1; ++step) load(step);
+    for (int step = 0; step < steps; ++step) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      __syncthreads();  // the step has landed, and everyone is done with the stage that is loaded next
+      load(step + kStages - 1);
+      multiply<T, kTokens>(weights[step % kStages] + warp * 32 * kPitch, tokens[step % kStages], c);
+    }
+    __syncthreads();
+    store<T, kTokens>(args.epilogue, tile, c);
+  }
+}
+
+constexpr int kNarrow = 16, kWide = 64;
+
+bool rows_aligned(const GroupedGemmProblem& p) {
+  const std::int64_t bytes = bit_width(p.dtype) / 8;
+  auto aligned = [](std::int64_t v) { return v % 16 == 0; };
+  return aligned(reinterpret_cast<std::intptr_t>(p.x)) &&
+         aligned(reinterpret_cast<std::intptr_t>(p.weights)) && aligned(p.x_stride * bytes) &&
+         aligned(p.weight_row_stride * bytes) && aligned(p.weight_expert_stride * bytes);
+}
+
+int tile_tokens(const GroupedGemmProblem& p) {
+  return p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
+}
+
+std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&) {
+  return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
+}
+
+std::string describe(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext&) {
+  char text[128];
+  std::snprintf(text, sizeof(text), "%s, %d weight rows x up to %d tokens, rows by %s",
+                p.dtype == DType::kF32 ? "fma" : "mma.sync", kTileRows, tile_tokens(p),
+                rows_aligned(p) ? "16-byte copies" : "single elements");
+  return text;
+}
+
+template <class T, int kTokens>
+void run_width(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  GroupedGemmArgs args = device_args(p);
+  args.tiles = {.max_tokens = kTokens, .weight_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows)};
+  const auto kernel =
+      rows_aligned(p) ? portable_kernel<T, kTokens, true> : portable_kernel<T, kTokens, false>;
+  const int blocks = blocks_per_sm("grouped_gemm", reinterpret_cast<const void*>(kernel), kThreads, 0);
+  launch("grouped_gemm", device,
+         {.grid = dim3(device.num_sms * blocks),
+          .block = dim3(kThreads),
+          .stream = stream(ctx),
+          .dependent = true},
+         kernel, args);
+}
+
+void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  visit_instance(GroupedGemmTypes{}, p.dtype, [&]<DType D>() {
+    tile_tokens(p) == kNarrow ? run_width<cuda_t<D>, kNarrow>(p, device, ctx)
+                              : run_width<cuda_t<D>, kWide>(p, device, ctx);
+  });
+}
+
+}  // namespace
+
+const GroupedGemmEngine kPortableEngine{"the portable engine", refusal, describe, run};
+
+}  // namespace moecore::cuda

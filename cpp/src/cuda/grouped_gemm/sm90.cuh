@@ -1,0 +1,440 @@
+#pragma once
+// Grouped GEMM on Hopper: out[r, f] = epilogue(sum_k weights[e(r), f, k] * x[row(r), k]), f32 accumulation.
+//
+// "Swap-AB": the weights are wgmma's A (M) operand and the tokens its B (N) operand, so a tile computes 256
+// weight rows for any multiple of 8 tokens, and the width is chosen tile by tile inside the kernel.
+//
+// A persistent block of 384 threads:
+//   warp 8       copies weights with the copy engine and says what a step belongs to;
+//   warps 9-11   gather token rows by number, with cp.async, in the 128-byte swizzle that the copy engine
+//   writes
+//                (rows in order by boxes of the copy engine are no faster: measured within 1 % from 64 rows
+//                up);
+//   warps 0-3, 4-7  two warpgroups: wgmma over a ring of K = 64 steps, then the epilogue from registers
+//   through
+//                transposing buffers of 16 tokens x 64 columns, so that whole 128-byte lines of out are
+//                written (32-byte pieces, which need no barrier between warps, cost GEMM2 a fifth of its
+//                speed).
+// The 256 rows of a step stand as [block 2][warpgroup 2][64]. When gated, blocks come in boxes of their own
+// that alternate eight gate and eight up rows, of columns 0-7 of every 16 in block 0 and 8-15 in block 1: the
+// two values of a column meet in one thread, and the blocks of a warpgroup make 64 adjacent columns of out.
+// full[s]: the weights' bytes and 96 gathering threads have arrived. empty[s]: 8 consumer warps are done.
+//
+// Work is dealt out by whole tiles or, stream-K, by equal runs of steps, when whole tiles would leave blocks
+// idle. A run starts inside a tile: that part's f32 sums go to the block's slot of the workspace. The block
+// that has the tile's first step adds the slots of the blocks behind it in their order: no atomics, the same
+// bits on every run. A block waits only for sums that others leave before they wait themselves.
+//
+// Sums run in ascending k. With whole tiles the bits of a row depend on x, the weights and K alone; with
+// stream-K they also depend on where the tile is cut, that is on the counts of all experts.
+
+#include <utility>
+
+#include "cuda/device/ptx.cuh"
+#include "cuda/grouped_gemm/epilogue.cuh"
+#include "cuda/grouped_gemm/sm90.h"
+#include "cuda/grouped_gemm/sm90_ptx.cuh"
+#include "cuda/grouped_gemm/tiles.cuh"
+#include "cuda/grouped_gemm/wgmma.cuh"
+#include "cuda/types.cuh"
+
+namespace moecore::cuda::sm90 {
+
+inline constexpr int kWarpgroups = 2;  // that compute
+inline constexpr int kBlocks = 2;      // of 64 weight rows in each
+inline constexpr int kConsumerWarps = 4 * kWarpgroups;
+inline constexpr int kGatherThreads = 96;
+inline constexpr int kGatherRows = kGatherThreads / 8;  // eight 16-byte pieces make a row of a step
+inline constexpr int kBufferBytes = 2048;               // 16 tokens x 64 columns
+
+/// A tile, or the steps [begin, end) of it.
+struct Work {
+  Tile tile;
+  int number;  // of the tile
+  int begin, end;
+};
+
+template <Tiling kTiling>
+struct Smem {
+  static constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
+  static constexpr int kWeightBytes = kTileRows * kStepBytes;
+
+  alignas(1024) std::byte weights[kConfig.stages][kWeightBytes];
+  std::byte tokens[kConfig.stages][kConfig.max_tokens * kStepBytes];
+  std::byte buffer[kWarpgroups][2][kBufferBytes];
+  Work work[kConfig.stages];  // that the step in the stage belongs to
+  std::uint64_t full[kConfig.stages], empty[kConfig.stages];
+  int group_tiles[kMaxExpertGroups];
+};
+
+/// A position in the ring, and the phase of its barriers.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  std::uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+template <class T, class Form, Tiling kTiling>
+struct SwapAb {
+  static constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
+  using Ring = RingPosition<kConfig.stages>;
+  static constexpr int kMaxTokens = kConfig.max_tokens;
+
+  Smem<kTiling>& s;
+  const GroupedGemmArgs& args;
+  const StreamK& stream_k;
+  const int steps;              // of K
+  const int tiles = 0;          // all of them; known with stream-K only
+  const bool by_steps = false;  // deal out steps
+
+  /// First of this block's steps, counted over all tiles.
+  __device__ __forceinline__ int first_step(int block) const {
+    return static_cast<int>(static_cast<std::int64_t>(tiles) * steps * block / gridDim.x);
+  }
+
+  /// This block's work in turn; every method is called by a whole warp.
+  class Queue {
+   public:
+    __device__ explicit Queue(const SwapAb& engine)
+        : engine_(engine),
+          cursor_(engine.args, engine.s.group_tiles),
+          next_(engine.by_steps ? engine.first_step(blockIdx.x) : blockIdx.x),
+          end_(engine.by_steps ? engine.first_step(blockIdx.x + 1) : 0) {}
+
+    /// tile.rows is 0 when there is no more.
+    __device__ Work pop() {
+      Work work{{0, 0, 0, 0}, next_, 0, engine_.steps};
+      if (engine_.by_steps) {
+        if (next_ >= end_) return work;
+        work.number = next_ / engine_.steps;
+        work.begin = next_ - work.number * engine_.steps;
+        work.end = min(engine_.steps, work.begin + end_ - next_);
+        next_ += work.end - work.begin;
+      } else {
+        next_ += gridDim.x;
+      }
+      work.tile = cursor_.find(work.number);
+      return work;
+    }
+
+   private:
+    const SwapAb& engine_;
+    TileCursor cursor_;
+    int next_, end_;
+  };
+
+  // ---- warp 8
+  __device__ __forceinline__ void copy_weights(const CUtensorMap& weights, bool evict_weights) {
+    const bool leader = threadIdx.x % 32 == 0;
+    Queue queue(*this);
+    Ring at;
+    for (;;) {
+      const Work work = queue.pop();
+      const Tile& tile = work.tile;
+      if (tile.rows == 0) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        if (leader) {
+          s.work[at.stage] = work;
+          barrier_arrive(&s.full[at.stage]);
+        }
+        return;
+      }
+      for (int k = work.begin; k < work.end; ++k) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        if (leader) {
+          std::uint64_t* full = &s.full[at.stage];
+          if (k == work.begin) s.work[at.stage] = work;
+          barrier_arrive_expect(full, Smem<kTiling>::kWeightBytes);
+          copy_weight_rows(weights, tile, k * kStepK, s.weights[at.stage], full, evict_weights);
+        }
+        __syncwarp();
+        at.advance();
+      }
+    }
+  }
+
+  /// One box of 256 rows; when gated, one box of 128 for each block.
+  static __device__ __forceinline__ void copy_weight_rows(const CUtensorMap& map, const Tile& tile, int k,
+                                                          std::byte* to, std::uint64_t* full, bool evict) {
+    constexpr int kBoxes = Form::kGated ? kBlocks : 1;
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      const int row = Form::kGated ? 8 * b : tile.weight_tile * kTileRows;
+      const int columns16 = Form::kGated ? tile.weight_tile * (kTileRows / 32) : 0;
+      std::byte* box = to + b * (kTileRows / kBoxes) * kStepBytes;
+      if (evict)
+        copy_box(box, &map, full, k, row, 0, columns16, tile.expert, policy_evict_first());
+      else
+        copy_box(box, &map, full, k, row, 0, columns16, tile.expert);
+    }
+  }
+
+  // ---- warps 9-11: thread t brings piece t % 8 of rows t / 8, t / 8 + 12, ... of every step. The columns
+  // that pad a tile to a multiple of 8 repeat its first row: they are computed and not stored.
+  __device__ __forceinline__ void gather_tokens() {
+    constexpr int kRowsPerThread = (kMaxTokens + kGatherRows - 1) / kGatherRows;
+    const int thread = threadIdx.x - (kConsumerWarps + 1) * 32;
+    const int piece = thread % 8, row = thread / 8;
+    const std::uint32_t pitch = static_cast<std::uint32_t>(args.x_stride / 8);
+    // 12 rows further the row's place in its group of eight changes by four, so only bit 2 of the swizzle
+    // does.
+    const std::uint32_t even = row * kStepBytes + (piece ^ (row & 7)) * 16;
+    const std::uint32_t odd = row * kStepBytes + (piece ^ (row & 7) ^ 4) * 16;
+
+    Queue queue(*this);
+    Ring at;
+    for (;;) {
+      const Work work = queue.pop();
+      const Tile& tile = work.tile;
+      if (tile.rows == 0) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        barrier_arrive(&s.full[at.stage]);
+        return;
+      }
+      const int rows = ((tile.rows + 7) / 8 * 8 - row + kGatherRows - 1) / kGatherRows;  // of this thread
+      std::uint32_t source[kRowsPerThread];
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        const int r = row + i * kGatherRows;
+        const int from = tile.row + (r < tile.rows ? r : 0);
+        source[i] = static_cast<std::uint32_t>(args.row_token ? args.row_token[from] : from) * pitch;
+      }
+      for (int k = work.begin; k < work.end; ++k) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        const std::uint32_t to = smem_address(s.tokens[at.stage]);
+        const int column = k * 8 + piece;  // of 16 bytes; beyond K it is zero
+        const int bytes = column * 8 < args.k ? 16 : 0;
+        const uint4* from = static_cast<const uint4*>(args.x) + (bytes ? column : 0);
+        asm volatile(""
+                     : "+l"(from));  // kept in registers, not read again from constant memory for every row
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          if (i < rows)
+            copy_16(to + (i % 2 ? odd : even) + i * kGatherRows * kStepBytes, from + source[i], bytes);
+        }
+        barrier_arrive_after_copies(&s.full[at.stage]);
+        at.advance();
+      }
+    }
+  }
+
+  // ---- warps 0-7
+  __device__ __forceinline__ void compute() {
+    Ring at;
+    for (;;) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      const Work work = s.work[at.stage];
+      if (work.tile.rows == 0) return;
+      compute_of_width(work, (work.tile.rows + 7) / 8, at, std::make_integer_sequence<int, kMaxTokens / 8>{});
+    }
+  }
+
+  template <int... kEighths>
+  __device__ __forceinline__ void compute_of_width(const Work& work, int eighths, Ring& at,
+                                                   std::integer_sequence<int, kEighths...>) {
+    ((eighths == kEighths + 1 ? (compute<8 * (kEighths + 1)>(work, at), true) : false) || ...);
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void compute(const Work& work, Ring& at) {
+    const int warpgroup = threadIdx.x / 128;
+    float d[kBlocks][kTokens / 2];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) d[m][i] = 0.0f;
+
+    // Phase 1: the ring. One group of wgmma stays in flight; when the next has been issued, the stage before
+    // is free.
+    int previous = 0;
+    for (int k = work.begin; k < work.end; ++k) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      fence_async_proxy();
+      const std::uint64_t weights = tile_descriptor(s.weights[at.stage] + warpgroup * 64 * kStepBytes);
+      const std::uint64_t tokens = tile_descriptor(s.tokens[at.stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kStepK / 16; ++kk)
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m)
+          Wgmma<T, kTokens>::op(d[m], weights + m * (kWarpgroups * 64 * kStepBytes / 16) + kk * 2,
+                                tokens + kk * 2);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (k > work.begin && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+      previous = at.stage;
+      at.advance();
+    }
+    wgmma_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+
+    // Phase 2: parts of a tile meet, then the epilogue.
+    if constexpr (kConfig.stream_k)
+      if (!add_parts<kTokens>(work, d)) return;
+    if (args.epilogue.row_weights) scale_rows<kTokens>(work.tile, d);
+    store_products<kTokens>(work.tile, d);
+  }
+
+  template <int kTokens>
+  __device__ __forceinline__ void scale_rows(const Tile& tile, float (&d)[kBlocks][kTokens / 2]) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) {
+      const int token = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      const float w = token < tile.rows ? row_weight(args.epilogue, tile.row + token) : 0.0f;
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        d[m][i / 2 * 4 + i % 2] *= w;
+        d[m][i / 2 * 4 + i % 2 + 2] *= w;
+      }
+    }
+  }
+
+  /// The first part of a tile gets the sums of the others and returns true; the others leave theirs.
+  template <int kTokens>
+  __device__ __forceinline__ bool add_parts(const Work& work, float (&d)[kBlocks][kTokens / 2]) {
+    constexpr int kFloats = kBlocks * kTokens / 2;
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    float* sums = stream_k.sums + warpgroup * (StreamK::kSlotFloats / 2) + thread;
+    if (work.begin > 0) {
+      float* mine = sums + blockIdx.x * StreamK::kSlotFloats;
+#pragma unroll
+      for (int i = 0; i < kFloats; ++i) __stcg(mine + i * 128, d[i / (kTokens / 2)][i % (kTokens / 2)]);
+      __threadfence();
+      warpgroup_sync(warpgroup);
+      if (thread == 0) store_release(&stream_k.flags[2 * blockIdx.x + warpgroup], StreamK::kRaised);
+      return false;
+    }
+    const int tile_end = (work.number + 1) * steps;
+    int reached = work.number * steps + work.end;
+    for (int block = blockIdx.x + 1; reached < tile_end; ++block) {
+      const int block_end = min(tile_end, first_step(block + 1));
+      if (block_end == reached) continue;  // it has no steps at all
+      reached = block_end;
+      unsigned long long* flag = &stream_k.flags[2 * block + warpgroup];
+      while (load_acquire(flag) != StreamK::kRaised) {
+      }
+      const float* theirs = sums + block * StreamK::kSlotFloats;
+#pragma unroll
+      for (int i = 0; i < kFloats; ++i) d[i / (kTokens / 2)][i % (kTokens / 2)] += __ldcg(theirs + i * 128);
+      warpgroup_sync(warpgroup);
+      if (thread == 0) *flag = 0;
+    }
+    return true;
+  }
+
+  /// Of a block, thread (warp w, lane l) holds rows 16w + l/4 (and + 8) of tokens 8g + 2(l%4) (and + 1):
+  /// d[m][4g], d[m][4g + 1] and, eight rows down, d[m][4g + 2], d[m][4g + 3].
+  template <int kTokens>
+  __device__ __forceinline__ void store_products(const Tile& tile, const float (&d)[kBlocks][kTokens / 2]) {
+    const EpilogueArgs& e = args.epilogue;
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    warpgroup_sync(warpgroup);  // the buffers of the tile before have been read
+    if constexpr (Form::kGated) {
+      const int column = tile.weight_tile * (kTileRows / 2) + warpgroup * 64;
+      BiasPair bias[kBlocks];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m)
+        bias[m] = bias_pair<T, Form>(e, tile.expert, column + warp * 16 + m * 8 + lane / 4);
+      store_columns<kTokens, 0>(tile, column, [&](int g, int m) {
+        const float a0 = d[m][g * 4] + bias[m].first, a1 = d[m][g * 4 + 1] + bias[m].first;
+        const float b0 = d[m][g * 4 + 2] + bias[m].second, b1 = d[m][g * 4 + 3] + bias[m].second;
+        return pack_pair<T>(Form::apply(e, e.swapped ? b0 : a0, e.swapped ? a0 : b0),
+                            Form::apply(e, e.swapped ? b1 : a1, e.swapped ? a1 : b1));
+      });
+    } else {
+      auto store_block = [&]<int kBlock>() {
+        const int column = tile.weight_tile * kTileRows + kBlock * 128 + warpgroup * 64;
+        const BiasPair bias = bias_pair<T, Form>(e, tile.expert, column + warp * 16 + lane / 4);
+        store_columns<kTokens, kBlock>(tile, column, [&](int g, int half) {
+          const float b = half ? bias.second : bias.first;
+          const float* p = d[kBlock] + g * 4 + 2 * half;
+          return pack_pair<T>(Form::apply(e, p[0] + b), Form::apply(e, p[1] + b));
+        });
+      };
+      store_block.template operator()<0>();
+      store_block.template operator()<1>();
+    }
+  }
+
+  /// A warpgroup's 64 columns of all tokens, the kBlock-th of a tile. pack(g, half): this lane's two tokens
+  /// of group g in its column of the left or right eight of the warp's sixteen.
+  template <int kTokens, int kBlock, class Pack>
+  __device__ __forceinline__ void store_columns(const Tile& tile, int first_column, const Pack& pack) {
+    constexpr int kGroups = kTokens / 8, kChunks = (kGroups + 1) / 2;
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32,
+              lane = thread % 32;
+    // Rows of 128 bytes; a row's eight pieces are swizzled so that eight rows of a matrix fall into different
+    // banks.
+    auto offset = [](int row, int piece) { return row * 128 + (piece ^ (row & 7)) * 16; };
+    const int to = offset(lane % 16, warp * 2 + lane / 16);
+    const int row = thread / 8, column = first_column + thread % 8 * 8;
+    T* out = static_cast<T*>(args.epilogue.out) + tile.row * args.epilogue.out_stride + column;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      // Two buffers take turns, also from block to block: who writes one has passed the barrier behind its
+      // reads.
+      std::byte* buffer = s.buffer[warpgroup][(kBlock * kChunks + c) % 2];
+      const int g = 2 * c;
+      const bool second = g + 1 < kGroups;
+      const std::uint32_t v[4] = {pack(g, 0), second ? pack(g + 1, 0) : 0, pack(g, 1),
+                                  second ? pack(g + 1, 1) : 0};
+      store_matrices(smem_address(buffer) + to, v);
+      warpgroup_sync(warpgroup);
+      const int token = c * 16 + row;
+      if (token < tile.rows && column < args.epilogue.columns)
+        *reinterpret_cast<uint4*>(out + token * args.epilogue.out_stride) =
+            *reinterpret_cast<const uint4*>(buffer + offset(row, thread % 8));
+    }
+  }
+};
+
+template <class T, class Form, Tiling kTiling>
+__global__ void __launch_bounds__(kThreads, 1)
+    swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ GroupedGemmArgs args,
+                   const __grid_constant__ StreamK stream_k, const bool evict_weights) {
+  constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
+  extern __shared__ __align__(1024) std::byte raw[];
+  auto& s = *reinterpret_cast<Smem<kTiling>*>(raw);
+  if (threadIdx.x == 0) {
+    prefetch_map(&weights);
+    for (int i = 0; i < kConfig.stages; ++i) {
+      barrier_init(&s.full[i], 1 + kGatherThreads);
+      barrier_init(&s.empty[i], kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  count_group_tiles(args, s.group_tiles);
+  const bool by_steps = kConfig.stream_k && stream_k.enabled;
+  if (by_steps && threadIdx.x < 2) stream_k.flags[2 * blockIdx.x + threadIdx.x] = 0;
+  __syncthreads();
+
+  SwapAb<T, Form, kTiling> engine{s,
+                                  args,
+                                  stream_k,
+                                  (args.k + kStepK - 1) / kStepK,
+                                  by_steps ? count_tiles(args, s.group_tiles) : 0,
+                                  by_steps};
+  if (threadIdx.x >= kConsumerWarps * 32) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x < (kConsumerWarps + 1) * 32)
+      engine.copy_weights(weights, evict_weights);
+    else
+      engine.gather_tokens();
+  } else {
+    take_registers<kConsumerRegisters>();
+    engine.compute();
+  }
+}
+
+template <DType kType, Tiling kTiling, bool kGated>
+Kernel kernel() {
+  using Form = std::conditional_t<kGated, SigmoidGate, Linear>;
+  return {reinterpret_cast<const void*>(swap_ab_kernel<cuda_t<kType>, Form, kTiling>), sizeof(Smem<kTiling>)};
+}
+
+}  // namespace moecore::cuda::sm90
