@@ -34,7 +34,7 @@ struct ScaleRef {
       0;                  // bytes between rows (linear) or between columns or words of columns (column-major)
   std::int64_t rows = 0;  // rows there is room for (column-major: P)
 
-  std::int64_t words() const { return (cols + kScaleWord - 1) / kScaleWord; }
+  constexpr std::int64_t words() const { return (cols + kScaleWord - 1) / kScaleWord; }
 };
 
 /// Byte of scale (row, col) when its block of scales starts at scale row `base` (swizzled only; else row

@@ -1,0 +1,81 @@
+#pragma once
+// f32 to e4m3 and e2m1. The same bits on every architecture: where there is no instruction, the software form
+// follows its rule, which is that of core/numeric.h.
+//
+//   e4m3  to nearest even, saturating, NaN = 0x7F   instruction from sm_89 on
+//   e2m1  to nearest even, saturating, NaN = 0x7    instruction on sm_100a, sm_120a and their families
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace moecore::cuda::dev {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && \
+    (defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
+#define MOECORE_HAS_E2M1_INSTRUCTION 1
+#else
+#define MOECORE_HAS_E2M1_INSTRUCTION 0
+#endif
+
+__device__ __forceinline__ std::uint32_t e4m3_software(float y) {
+  const std::uint32_t u = __float_as_uint(y), magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return 0x7F;
+  const std::uint32_t a = min(magnitude, __float_as_uint(448.0f));
+  const std::uint32_t e = max(a & 0x7F800000u, __float_as_uint(0x1p-6f));
+  const std::uint32_t magic =
+      e + (20u << 23);  // adding 2^(exponent + 20) leaves three bits behind the leading one
+  const std::uint32_t steps = __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(magic))) - magic;
+  return (steps + (e >> 20) - 968u) | (u >> 24 & 0x80u);
+}
+
+/// Two codes, `low` in the low byte.
+__device__ __forceinline__ std::uint32_t e4m3x2(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+#else
+  return e4m3_software(low) | e4m3_software(high) << 8;
+#endif
+}
+
+/// Four codes.
+__device__ __forceinline__ std::uint32_t e4m3x4(const float* y) {
+  return e4m3x2(y[0], y[1]) | e4m3x2(y[2], y[3]) << 16;
+}
+
+/// Eight codes, y[0] in the lowest nibble.
+__device__ __forceinline__ std::uint32_t e2m1x8(const float* y) {
+#if MOECORE_HAS_E2M1_INSTRUCTION
+  std::uint32_t codes;
+  asm("{ .reg .b8 b<4>;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b0, %2, %1;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b2, %6, %5;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b3, %8, %7;\n"
+      "mov.b32 %0, {b0, b1, b2, b3}; }"
+      : "=r"(codes)
+      : "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]), "f"(y[4]), "f"(y[5]), "f"(y[6]), "f"(y[7]));
+  return codes;
+#else
+  // The code is the least of 2a, a + 2, a / 2 + 4 and 7, each rounded by adding it to 2^23 (plus an even
+  // number), where floats are one apart: it stands in the low bits of the sum. NaN falls through to 7, and
+  // the product it came from has no sign bit.
+  constexpr float kOne = 8388608.0f;
+  std::uint32_t codes = 0, signs = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    const float a = fabsf(y[i]);
+    const float least = fminf(fminf(__fmaf_rn(a, 2.0f, kOne), __fadd_rn(a, kOne + 2.0f)),
+                              fminf(__fmaf_rn(a, 0.5f, kOne + 4.0f), kOne + 7.0f));
+    codes = codes * 16 + __float_as_uint(least);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) signs = signs >> 4 | (__float_as_uint(y[i]) & 0x80000000u);
+  // What the eight exponents of 2^23 add up to, modulo 2^32.
+  return (codes - 0xFB000000u) | signs;
+#endif
+}
+
+}  // namespace moecore::cuda::dev
