@@ -160,7 +160,10 @@ class _Jax(Framework):
         return self._numpy.empty(shape, dtype=_NAMES[dtype] if dtype else like.dtype)
 
     def finish(self, out: Any) -> Any:
-        return self._jax.numpy.asarray(out) if isinstance(out, self._numpy.ndarray) else out
+        if not isinstance(out, self._numpy.ndarray):
+            return out
+        # Where JAX has a GPU too, that would be its default device.
+        return self._jax.device_put(out, self._jax.devices("cpu")[0])
 
     def admit(self, op: str, *tensors: Any) -> None:
         for tensor in tensors:

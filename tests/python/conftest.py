@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
 import moecore
 import numpy as np
 import pytest
+
+# JAX would take most of a GPU's memory at its first array, in every worker.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 _NUMPY = {
     "f32": np.float32,
