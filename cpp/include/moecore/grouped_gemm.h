@@ -18,6 +18,9 @@ struct GroupedGemmOptions {
   std::optional<Activation> activation{};
   /// f32 [R]: factor on the row's product before the bias (router weight on the input).
   std::optional<TensorView> row_weights{};
+  /// CUDA: expert_offsets and weights were complete before the kernel that precedes this call in the stream
+  /// began, as between the two products of a layer. Weights are then fetched while that kernel still runs.
+  bool offsets_settled = false;
 };
 
 /// out[r,n] = sum_k x[row,k] * weights[e,n,k] (* row_weights[r]) (+ bias[e,n]) for rows of expert e.

@@ -133,7 +133,7 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   }
   grouped_gemm(x, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
   grouped_gemm(layout.inter_rows, experts.w2, layout.plan.expert_offsets, layout.out_rows,
-               {.bias = experts.w2_bias}, inner);
+               {.bias = experts.w2_bias, .offsets_settled = true}, inner);
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

@@ -40,6 +40,7 @@ void grouped_gemm(const TensorView& x, const TensorView& weights, const TensorVi
                              .n = n,
                              .k = k,
                              .activation = options.activation,
+                             .offsets_settled = options.offsets_settled,
                              .out = out.data,
                              .out_stride = out.strides[0]};
   if (options.row_token) {

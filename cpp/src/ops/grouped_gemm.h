@@ -33,6 +33,7 @@ struct GroupedGemmProblem {
   const void* row_weights = nullptr;  // [R] or none
   DType row_weight_dtype = DType::kF32;
   std::optional<Activation> activation{};
+  bool offsets_settled = false;
   void* out = nullptr;  // [R, n] or [R, n/2]
   std::int64_t out_stride = 0;
 };

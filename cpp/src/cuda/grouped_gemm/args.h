@@ -54,6 +54,7 @@ struct GroupedGemmArgs {
   std::int64_t weight_row_stride = 0;
   const std::int32_t* row_token = nullptr;       // [R] or none
   const std::int32_t* expert_offsets = nullptr;  // [E+1]
+  bool offsets_settled = false;                  // before the kernel that precedes this one began
   int num_experts = 0;
   int k = 0;
   TileShape tiles;

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "cuda/grouped_gemm/engines.h"
-#include "cuda/grouped_gemm/sm90.h"
+#include "cuda/grouped_gemm/policy.h"
 #include "moecore/error.h"
 
 namespace moecore::cuda {
@@ -36,6 +36,7 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   args.weight_row_stride = p.weight_row_stride;
   args.row_token = p.row_token;
   args.expert_offsets = p.expert_offsets;
+  args.offsets_settled = p.offsets_settled;
   args.num_experts = static_cast<int>(p.num_experts);
   args.k = static_cast<int>(p.k);
   EpilogueArgs& e = args.epilogue;
@@ -94,9 +95,12 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
   throw Unsupported("grouped_gemm: no CUDA engine takes this problem" + passed_over);
 }
 
-std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                                         DType dtype) {
-  return dtype == DType::kF32 ? 0 : sm90::StreamK::kBytes;
+std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
+                                         std::int64_t num_experts, DType dtype) {
+  if (dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;
+  // Whether the tiles can be cut along K does not depend on the number of SMs.
+  const sm90::Policy policy = sm90::select_policy(rows, num_experts, n, k, 1);
+  return policy.tiles().stream_k ? sm90::StreamK::kBytes : 0;
 }
 
 }  // namespace moecore::cuda

@@ -5,20 +5,17 @@
 // weight rows for any multiple of 8 tokens, and the width is chosen tile by tile inside the kernel.
 //
 // A persistent block of 384 threads:
-//   warp 8       copies weights with the copy engine and says what a step belongs to;
-//   warps 9-11   gather token rows by number, with cp.async, in the 128-byte swizzle that the copy engine
-//   writes
-//                (rows in order by boxes of the copy engine are no faster: measured within 1 % from 64 rows
-//                up);
-//   warps 0-3, 4-7  two warpgroups: wgmma over a ring of K = 64 steps, then the epilogue from registers
-//   through
-//                transposing buffers of 16 tokens x 64 columns, so that whole 128-byte lines of out are
-//                written (32-byte pieces, which need no barrier between warps, cost GEMM2 a fifth of its
-//                speed).
-// The 256 rows of a step stand as [block 2][warpgroup 2][64]. When gated, blocks come in boxes of their own
-// that alternate eight gate and eight up rows, of columns 0-7 of every 16 in block 0 and 8-15 in block 1: the
-// two values of a column meet in one thread, and the blocks of a warpgroup make 64 adjacent columns of out.
+//   warp 8      copies weights with the copy engine and says what a step belongs to;
+//   warps 9-11  gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine;
+//   warps 0-7   two warpgroups: wgmma over a ring of K = 64 steps, then the epilogue, from registers through
+//               transposing buffers of 16 tokens x 64 columns, so that whole 128-byte lines of out are
+//               written.
 // full[s]: the weights' bytes and 96 gathering threads have arrived. empty[s]: 8 consumer warps are done.
+//
+// The 256 weight rows of a step stand as [block 2][warpgroup 2][64]. When gated, every block is a box of its
+// own that alternates eight gate and eight up rows, of columns 0-7 of every 16 in block 0 and of 8-15 in
+// block 1: the two values of a column meet in one thread, and a warpgroup's blocks make 64 adjacent columns
+// of out.
 //
 // Work is dealt out by whole tiles or, stream-K, by equal runs of steps, when whole tiles would leave blocks
 // idle. A run starts inside a tile: that part's f32 sums go to the block's slot of the workspace. The block
@@ -179,8 +176,7 @@ struct SwapAb {
     const int thread = threadIdx.x - (kConsumerWarps + 1) * 32;
     const int piece = thread % 8, row = thread / 8;
     const std::uint32_t pitch = static_cast<std::uint32_t>(args.x_stride / 8);
-    // 12 rows further the row's place in its group of eight changes by four, so only bit 2 of the swizzle
-    // does.
+    // 12 rows further a row's place in its group of eight changes by four: only bit 2 of the swizzle does.
     const std::uint32_t even = row * kStepBytes + (piece ^ (row & 7)) * 16;
     const std::uint32_t odd = row * kStepBytes + (piece ^ (row & 7) ^ 4) * 16;
 
@@ -208,8 +204,8 @@ struct SwapAb {
         const int column = k * 8 + piece;  // of 16 bytes; beyond K it is zero
         const int bytes = column * 8 < args.k ? 16 : 0;
         const uint4* from = static_cast<const uint4*>(args.x) + (bytes ? column : 0);
-        asm volatile(""
-                     : "+l"(from));  // kept in registers, not read again from constant memory for every row
+        // In registers from here on: else the compiler reads args.x again for every row.
+        asm volatile("" : "+l"(from));
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
           if (i < rows)
@@ -247,8 +243,8 @@ struct SwapAb {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) d[m][i] = 0.0f;
 
-    // Phase 1: the ring. One group of wgmma stays in flight; when the next has been issued, the stage before
-    // is free.
+    // Phase 1: the ring. One group of wgmma stays in flight: once the next is issued, the stage before is
+    // free.
     int previous = 0;
     for (int k = work.begin; k < work.end; ++k) {
       barrier_wait(&s.full[at.stage], at.phase);
@@ -278,6 +274,7 @@ struct SwapAb {
     store_products<kTokens>(work.tile, d);
   }
 
+  /// Router weights on the products. Apart from the epilogue, whose loop must not branch on every value.
   template <int kTokens>
   __device__ __forceinline__ void scale_rows(const Tile& tile, float (&d)[kBlocks][kTokens / 2]) {
 #pragma unroll
@@ -406,11 +403,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     barrier_init_fence();
   }
-  dev::wait_for_predecessor();
-  dev::release_successor();
+  // With settled offsets the weights stream in beside the end of the kernel before. x, out and the workspace
+  // wait.
+  if (!args.offsets_settled) dev::wait_for_predecessor();
   count_group_tiles(args, s.group_tiles);
   const bool by_steps = kConfig.stream_k && stream_k.enabled;
-  if (by_steps && threadIdx.x < 2) stream_k.flags[2 * blockIdx.x + threadIdx.x] = 0;
   __syncthreads();
 
   SwapAb<T, Form, kTiling> engine{s,
@@ -421,12 +418,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                                   by_steps};
   if (threadIdx.x >= kConsumerWarps * 32) {
     give_registers<kProducerRegisters>();
-    if (threadIdx.x < (kConsumerWarps + 1) * 32)
+    if (threadIdx.x < (kConsumerWarps + 1) * 32) {
       engine.copy_weights(weights, evict_weights);
-    else
+    } else {
+      dev::wait_for_predecessor();
+      dev::release_successor();  // not before: whoever follows may rely on what preceded this kernel
       engine.gather_tokens();
+    }
   } else {
     take_registers<kConsumerRegisters>();
+    dev::wait_for_predecessor();
+    if (by_steps && threadIdx.x % 128 == 0) stream_k.flags[2 * blockIdx.x + threadIdx.x / 128] = 0;
     engine.compute();
   }
 }

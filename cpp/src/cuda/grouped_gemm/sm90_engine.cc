@@ -48,7 +48,8 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
                    {"evict_weights", &policy.evict_weights, {0, 1}}});
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
-  policy.stream_k = policy.stream_k && config.stream_k;
+  policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
+                    ctx.workspace.size() >= sm90::StreamK::kBytes;
   return policy;
 }
 
@@ -97,9 +98,9 @@ void encode(const GroupedGemmProblem& p, CUtensorMap* map, const void* data, int
 
 /// The weight rows of a tile for one step of K.
 ///   plain: dimensions (K, N, 1, 1, E), one box (64, 256, 1, 1, 1).
-///   gated: (K, 16, 2, I/16, E), two boxes (64, 8, 2, 8, 1): eight gate rows, eight up rows, and so on,
-///   whether the
-///          checkpoint holds them as two blocks or row by row.
+///   gated: dimensions (K, 16, 2, I/16, E), two boxes (64, 8, 2, 8, 1): eight gate rows, eight up rows, and
+///   so
+///          on, whether the checkpoint holds them as two blocks or row by row.
 CUtensorMap weight_map(const GroupedGemmProblem& p) {
   const cuuint64_t pitch = p.weight_row_stride * 2, inter = p.n / 2;
   const cuuint64_t expert = p.num_experts > 1 ? p.weight_expert_stride * 2 : p.n * pitch;

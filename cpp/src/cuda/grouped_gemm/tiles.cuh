@@ -25,7 +25,7 @@ __device__ inline void count_group_tiles(const GroupedGemmArgs& args, int* group
     const int expert = group * kExpertGroup + lane;
     int tiles = 0;
     if (expert < args.num_experts) {
-      const int rows = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
+      const int rows = __ldcg(args.expert_offsets + expert + 1) - __ldcg(args.expert_offsets + expert);
       tiles = (rows + args.tiles.max_tokens - 1) / args.tiles.max_tokens;
     }
     tiles = __reduce_add_sync(~0u, tiles);
@@ -77,8 +77,8 @@ class TileCursor {
     const int lane = threadIdx.x % 32;
     const int expert = group * kExpertGroup + lane;
     const bool exists = expert < args_.num_experts;
-    begin_ = exists ? args_.expert_offsets[expert] : 0;
-    rows_ = exists ? args_.expert_offsets[expert + 1] - begin_ : 0;
+    begin_ = exists ? __ldcg(args_.expert_offsets + expert) : 0;
+    rows_ = exists ? __ldcg(args_.expert_offsets + expert + 1) - begin_ : 0;
     tiles_through_ = (rows_ + args_.tiles.max_tokens - 1) / args_.tiles.max_tokens;
     for (int step = 1; step < 32; step *= 2) {
       const int left = __shfl_up_sync(~0u, tiles_through_, step);
