@@ -1,16 +1,17 @@
 // finalize: out[t,h] = RN(sum_j w[t,j] * rows[slot_row[t,j], h] (+ residual[t,h])), an f32 fma chain in slot
 // order.
 //
-// Grid (slices, tokens): a thread owns one vector of columns of one token. It reads the token's indices and
-// weights itself (uniform over the block, served by L1), issues the loads of all live rows before the first
-// fma, and stores once. More slots than a pass holds: passes follow each other in slot order, so the sum's
-// bits depend on the inputs alone.
+// Grid (slices, tokens): a thread owns one vector of columns of one token. Every warp reads the token's slots
+// for itself, 32 at a time and one a lane, and hands them round by shuffles, so no barrier stands between the
+// indices and the rows. kSlots rows are in flight before their fmas; the passes follow each other in slot
+// order, so the sum's bits depend on the inputs alone.
 
 #include <string>
 
 #include "core/table.h"
 #include "cuda/device/convert.cuh"
 #include "cuda/device/ptx.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/finalize_policy.h"
 #include "cuda/policy_override.h"
 #include "cuda/runtime.h"
@@ -18,8 +19,6 @@
 
 namespace moecore::cuda {
 namespace {
-
-constexpr int kMaxThreads = 256;
 
 struct FinalizeArgs {
   const void* rows;
@@ -39,15 +38,21 @@ struct FinalizeArgs {
   int top_k;
 };
 
-__device__ __forceinline__ std::int64_t load_index(const FinalizeArgs& args, std::int64_t i) {
-  return args.index_is_i64 ? static_cast<const std::int64_t*>(args.slot_row)[i]
-                           : static_cast<const std::int32_t*>(args.slot_row)[i];
-}
+// One slot of a token as an operand of the chain. fma(-0, +0, acc) is acc for every acc, so a dead slot takes
+// part with a weight of -0 and zeros for its row, and the chain has no branch.
+struct Slot {
+  std::int64_t offset = -1;  // of its row, in elements; -1 when dead
+  float weight = -0.0f;
+};
 
 template <class T>
-__device__ __forceinline__ float load_weight(const FinalizeArgs& args, std::int64_t i) {
+__device__ __forceinline__ Slot load_slot(const FinalizeArgs& args, std::int64_t t, int j) {
+  const std::int64_t at = t * args.slot_stride + j;
+  const std::int64_t row = args.index_is_i64 ? static_cast<const std::int64_t*>(args.slot_row)[at]
+                                             : static_cast<const std::int32_t*>(args.slot_row)[at];
   float w = 1.0f;
   if (args.weights) {
+    const std::int64_t i = t * args.weights_stride + j;
     switch (args.weight_dtype) {
       case DType::kF16:
         w = dev::to_f32(static_cast<const __half*>(args.weights)[i]);
@@ -58,15 +63,25 @@ __device__ __forceinline__ float load_weight(const FinalizeArgs& args, std::int6
       default:
         w = static_cast<const float*>(args.weights)[i];
     }
+    if (args.cast_weights) w = dev::to_f32(dev::from_f32<T>(w));
   }
-  return args.cast_weights ? dev::to_f32(dev::from_f32<T>(w)) : w;
+  Slot slot;
+  if (row >= 0 && row < args.num_rows) slot = {row * args.rows_stride, w};
+  return slot;
 }
 
+// Resident threads hide the latency of the rows: fewer rows in flight per thread leave registers for more
+// threads.
+template <int kSlots>
+inline constexpr int kBlocksPerSm = kSlots == 8   ? 3
+                                    : kSlots == 4 ? 4
+                                                  : 6;
+
 template <class T, int kWidth, int kSlots>
-__global__ void __launch_bounds__(kMaxThreads, 3) finalize_kernel(const FinalizeArgs args) {
+__global__ void __launch_bounds__(kFinalizeMaxThreads, kBlocksPerSm<kSlots>)
+    finalize_kernel(const FinalizeArgs args) {
   using Vector = dev::Pack<T, kWidth>;
-  constexpr unsigned kWholeWarp = 0xFFFFFFFF;
-  const int slot_of_lane = static_cast<int>(threadIdx.x) % kSlots;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   dev::wait_for_predecessor();
   dev::release_successor();
   for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * blockDim.x; begin < args.columns;
@@ -75,46 +90,36 @@ __global__ void __launch_bounds__(kMaxThreads, 3) finalize_kernel(const Finalize
     const bool active = c < args.columns;
     const T* rows = static_cast<const T*>(args.rows) + c * kWidth;
     for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
-      Vector residual{};
-      if (active && args.residual)
-        residual = *reinterpret_cast<const Vector*>(static_cast<const T*>(args.residual) +
-                                                    t * args.residual_stride + c * kWidth);
       float acc[kWidth] = {};
-      for (int k = 0; k < args.top_k; k += kSlots) {
-        // Phase 1: a lane reads one slot. fma(-0, +0, acc) is acc for every acc, so a dead slot takes part
-        // with these operands and the chain has no branch.
-        const int j = k + slot_of_lane;
-        std::int64_t row = -1;
-        float w = 0.0f;
-        if (j < args.top_k) {
-          row = load_index(args, t * args.slot_stride + j);
-          w = load_weight<T>(args, t * args.weights_stride + j);
-        }
-        const bool live = row >= 0 && row < args.num_rows;
-        const std::int64_t offset = live ? row * args.rows_stride : -1;
-        w = live ? w : -0.0f;
-        // Phase 2: every live row of the pass.
-        Vector v[kSlots] = {};
+      for (int first = 0; first < args.top_k; first += 32) {
+        Slot slot;
+        if (first + lane < args.top_k) slot = load_slot<T>(args, t, first + lane);
+        const int slots = min(32, args.top_k - first);
+        for (int k = 0; k < slots; k += kSlots) {
+          Vector v[kSlots] = {};
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          const std::int64_t from = __shfl_sync(kWholeWarp, offset, i);
-          if (active && from >= 0) v[i] = *reinterpret_cast<const Vector*>(rows + from);
-        }
-        // Phase 3: the chain.
+          for (int i = 0; i < kSlots; ++i) {
+            const std::int64_t from = __shfl_sync(dev::kWholeWarp, slot.offset, k + i);
+            if (active && from >= 0) v[i] = *reinterpret_cast<const Vector*>(rows + from);
+          }
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          const float weight = __shfl_sync(kWholeWarp, w, i);
+          for (int i = 0; i < kSlots; ++i) {
+            const float w = __shfl_sync(dev::kWholeWarp, slot.weight, k + i);
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(weight, dev::to_f32(v[i].values[e]), acc[e]);
+            for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, dev::to_f32(v[i].values[e]), acc[e]);
+          }
         }
       }
       if (!active) continue;
+      if (args.residual) {
+        const Vector r = *reinterpret_cast<const Vector*>(static_cast<const T*>(args.residual) +
+                                                          t * args.residual_stride + c * kWidth);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) acc[e] = __fadd_rn(acc[e], dev::to_f32(r.values[e]));
+      }
       Vector result;
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        if (args.residual) acc[e] = __fadd_rn(acc[e], dev::to_f32(residual.values[e]));
-        result.values[e] = dev::from_f32<T>(acc[e]);
-      }
+      for (int e = 0; e < kWidth; ++e) result.values[e] = dev::from_f32<T>(acc[e]);
       *reinterpret_cast<Vector*>(static_cast<T*>(args.out) + t * args.out_stride + c * kWidth) = result;
     }
   }
@@ -172,13 +177,13 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
                             .num_tokens = p.num_tokens,
                             .columns = policy.vectors ? p.hidden / kWidth : p.hidden,
                             .top_k = static_cast<int>(p.top_k)};
+    constexpr std::int64_t kMaxGridY = 65535;
     const std::int64_t slices = (args.columns + policy.threads - 1) / policy.threads;
-    const LaunchConfig config{
-        .grid = dim3(static_cast<unsigned>(std::min<std::int64_t>(slices, 65535)),
-                     static_cast<unsigned>(std::min<std::int64_t>(p.num_tokens, 65535))),
-        .block = dim3(policy.threads),
-        .stream = stream(ctx),
-        .dependent = true};
+    const LaunchConfig config{.grid = dim3(static_cast<unsigned>(std::min(slices, kMaxGridY)),
+                                           static_cast<unsigned>(std::min(p.num_tokens, kMaxGridY))),
+                              .block = dim3(policy.threads),
+                              .stream = stream(ctx),
+                              .dependent = true};
     launch("finalize", device, config,
            policy.vectors ? select_kernel<T, kWidth>(policy.slots) : select_kernel<T, 1>(policy.slots), args);
   });

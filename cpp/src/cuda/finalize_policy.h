@@ -9,10 +9,12 @@
 
 namespace moecore::cuda {
 
+inline constexpr int kFinalizeMaxThreads = 256;
+
 struct FinalizePolicy {
-  int vectors = 1;    // 1: 16-byte accesses, 0: element by element
-  int slots = 8;      // rows in flight per thread: 1, 2, 4 or 8
-  int threads = 128;  // of a block
+  int vectors = 1;   // 1: 16-byte accesses, 0: element by element
+  int slots = 4;     // rows in flight per thread: 1, 2, 4 or 8
+  int threads = 64;  // of a block
 };
 
 inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_sms) {
@@ -26,13 +28,13 @@ inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_s
   policy.vectors = aligned(p.rows, p.num_rows, p.rows_stride) && aligned(p.out, p.num_tokens, p.out_stride) &&
                    aligned(p.residual, p.num_tokens, p.residual_stride) &&
                    p.hidden * element % kVectorBytes == 0;
-  policy.slots = p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : p.top_k <= 4 ? 4 : 8;
-
-  // Few tokens: narrow blocks, so that one token's columns spread over many SMs. Many: 256 threads, which
-  // amortise a block's start.
   const std::int64_t per_thread = policy.vectors ? kVectorBytes / element : 1;
   const std::int64_t columns = std::max<std::int64_t>(1, p.hidden / per_thread);
-  policy.threads = 256;
+
+  // More than four rows in flight per thread cost more resident threads than they gain; narrow blocks even
+  // out the end of the grid and, when tokens are few, spread one over many SMs.
+  policy.slots = p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : 4;
+  policy.threads = 64;
   while (policy.threads > 32 &&
          p.num_tokens * ((columns + policy.threads - 1) / policy.threads) < 4 * num_sms)
     policy.threads /= 2;

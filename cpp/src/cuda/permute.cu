@@ -28,7 +28,6 @@ struct PermuteArgs {
   std::int64_t vectors;  // whole vectors of a row
   int tail_bytes;        // behind them
   bool streaming;
-  int slices;
   const void* map;
   bool map_is_i64;
   const std::int32_t* slot_row;
@@ -120,39 +119,38 @@ __global__ void __launch_bounds__(kMaxThreads) permute_by_token_kernel(const Per
 }
 
 template <int kVectorBytes, int kUnroll>
-void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, const DeviceInfo& device,
-                    cudaStream_t stream) {
-  const bool by_token = policy.form == PermuteForm::kByToken;
-  const std::int64_t rows = by_token ? args.x_rows : args.out_rows;
+void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, std::int64_t row_bytes,
+                    const DeviceInfo& device, cudaStream_t stream) {
+  constexpr std::int64_t kMaxGridY = 65535;
+  const std::int64_t rows = policy.by_token ? args.x_rows : args.out_rows;
   const LaunchConfig config{
-      .grid = dim3(args.slices, static_cast<unsigned>(std::min<std::int64_t>(rows, 65535))),
+      .grid = dim3(permute_slices(policy, row_bytes), static_cast<unsigned>(std::min(rows, kMaxGridY))),
       .block = dim3(policy.threads),
       .stream = stream,
       .dependent = true};
   launch("permute", device, config,
-         by_token ? permute_by_token_kernel<kVectorBytes, kUnroll>
-                  : permute_by_row_kernel<kVectorBytes, kUnroll>,
+         policy.by_token ? permute_by_token_kernel<kVectorBytes, kUnroll>
+                         : permute_by_row_kernel<kVectorBytes, kUnroll>,
          args);
 }
 
 template <int kVectorBytes>
-void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, const DeviceInfo& device,
-                    cudaStream_t stream) {
+void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, std::int64_t row_bytes,
+                    const DeviceInfo& device, cudaStream_t stream) {
   switch (policy.unroll) {
     case 1:
-      return launch_permute<kVectorBytes, 1>(policy, args, device, stream);
+      return launch_permute<kVectorBytes, 1>(policy, args, row_bytes, device, stream);
     case 2:
-      return launch_permute<kVectorBytes, 2>(policy, args, device, stream);
+      return launch_permute<kVectorBytes, 2>(policy, args, row_bytes, device, stream);
     default:
-      return launch_permute<kVectorBytes, 4>(policy, args, device, stream);
+      return launch_permute<kVectorBytes, 4>(policy, args, row_bytes, device, stream);
   }
 }
 
 std::string describe(const PermutePolicy& policy) {
-  return "cuda, " + std::to_string(policy.vector_bytes) +
-         "-byte vectors, by_token=" + (policy.form == PermuteForm::kByToken ? "1" : "0") +
-         " unroll=" + std::to_string(policy.unroll) + " threads=" + std::to_string(policy.threads) +
-         " streaming=" + std::to_string(policy.streaming);
+  return "cuda, by_token=" + std::to_string(policy.by_token) + " unroll=" + std::to_string(policy.unroll) +
+         " threads=" + std::to_string(policy.threads) + " streaming=" + std::to_string(policy.streaming) +
+         ", " + std::to_string(policy.vector_bytes) + "-byte vectors";
 }
 
 }  // namespace
@@ -160,13 +158,11 @@ std::string describe(const PermutePolicy& policy) {
 void permute(const PermuteProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("permute", ctx);
   PermutePolicy policy = select_permute_policy(p, device.num_sms, device.l2_bytes);
-  int by_token = policy.form == PermuteForm::kByToken;
   override_policy("permute", ctx.policy,
-                  {{"by_token", &by_token, {0, by_token}},
+                  {{"by_token", &policy.by_token, {0, p.slot_row != nullptr}},
                    {"unroll", &policy.unroll, {1, 2, 4}},
                    {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
                    {"streaming", &policy.streaming, {0, 1}}});
-  policy.form = by_token ? PermuteForm::kByToken : PermuteForm::kByRow;
   if (explained(ctx, "permute", [&] { return describe(policy); })) return;
   if (p.out_rows == 0 || p.row_bytes == 0) return;
 
@@ -179,7 +175,6 @@ void permute(const PermuteProblem& p, const ExecContext& ctx) {
                          .vectors = p.row_bytes / policy.vector_bytes,
                          .tail_bytes = static_cast<int>(p.row_bytes % policy.vector_bytes),
                          .streaming = policy.streaming != 0,
-                         .slices = permute_slices(policy, p.row_bytes),
                          .map = p.map.data,
                          .map_is_i64 = p.map.is_i64,
                          .slot_row = p.slot_row,
@@ -188,15 +183,15 @@ void permute(const PermuteProblem& p, const ExecContext& ctx) {
   const DeviceGuard guard(device);
   switch (policy.vector_bytes) {
     case 16:
-      return launch_permute<16>(policy, args, device, stream(ctx));
+      return launch_permute<16>(policy, args, p.row_bytes, device, stream(ctx));
     case 8:
-      return launch_permute<8>(policy, args, device, stream(ctx));
+      return launch_permute<8>(policy, args, p.row_bytes, device, stream(ctx));
     case 4:
-      return launch_permute<4>(policy, args, device, stream(ctx));
+      return launch_permute<4>(policy, args, p.row_bytes, device, stream(ctx));
     case 2:
-      return launch_permute<2>(policy, args, device, stream(ctx));
+      return launch_permute<2>(policy, args, p.row_bytes, device, stream(ctx));
     default:
-      return launch_permute<1>(policy, args, device, stream(ctx));
+      return launch_permute<1>(policy, args, p.row_bytes, device, stream(ctx));
   }
 }
 

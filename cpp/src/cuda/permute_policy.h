@@ -9,13 +9,10 @@
 
 namespace moecore::cuda {
 
-enum class PermuteForm {
-  kByRow,    // a block reads the source of one output row and writes it
-  kByToken,  // a block reads one token and writes all its copies: no address waits for a loaded one
-};
-
 struct PermutePolicy {
-  PermuteForm form = PermuteForm::kByRow;
+  /// 1: a block reads one token and writes all its copies, which reads the least and lets no address wait for
+  /// a loaded one. 0: a block reads the source of one output row and writes it, the most parallel.
+  int by_token = 0;
   int vector_bytes = 16;  // 16, 8, 4, 2 or 1: what every row start is aligned to
   int unroll = 1;         // vectors a thread holds: 1, 2 or 4
   int threads = 32;       // of a block
@@ -30,34 +27,29 @@ constexpr int common_alignment(std::uint64_t bits) {
 }
 
 inline PermutePolicy select_permute_policy(const PermuteProblem& p, int num_sms, std::size_t l2_bytes) {
-  constexpr int kMaxThreads = 256, kMaxUnroll = 4;
-  // Blocks an SM should get before a thread takes more than one vector, and before a row is one block.
-  constexpr std::int64_t kBlocksPerSm = 4;
-
+  constexpr std::int64_t kMaxThreads = 256;
+  // A row is cut so that every SM gets two blocks; from four blocks an SM on, a thread takes several vectors.
+  constexpr std::int64_t kFewBlocksPerSm = 2, kManyBlocksPerSm = 4;
   PermutePolicy policy;
-  policy.form = p.slot_row ? PermuteForm::kByToken : PermuteForm::kByRow;
   std::uint64_t bits = reinterpret_cast<std::uintptr_t>(p.x) | reinterpret_cast<std::uintptr_t>(p.out);
   if (p.x_rows > 1) bits |= static_cast<std::uint64_t>(p.x_pitch);
   if (p.out_rows > 1) bits |= static_cast<std::uint64_t>(p.out_pitch);
   policy.vector_bytes = common_alignment(bits);
 
-  const std::int64_t rows = policy.form == PermuteForm::kByToken ? p.x_rows : p.out_rows;
+  // By token a block writes top_k rows: it pays once tokens alone occupy half the SMs.
+  policy.by_token = p.slot_row && p.x_rows >= num_sms / 2;
+  const std::uint64_t written =
+      static_cast<std::uint64_t>(p.out_rows) * static_cast<std::uint64_t>(p.row_bytes);
+  policy.streaming = written > l2_bytes / 2;
+  const std::int64_t rows = policy.by_token ? p.x_rows : p.out_rows;
   const std::int64_t vectors = std::max<std::int64_t>(1, p.row_bytes / policy.vector_bytes);
-  auto blocks_at = [&](std::int64_t per_block) { return rows * ((vectors + per_block - 1) / per_block); };
-
-  // The widest thread that still fills the device.
-  policy.unroll = kMaxUnroll;
-  while (policy.unroll > 1 &&
-         blocks_at(static_cast<std::int64_t>(policy.unroll) * 64) < kBlocksPerSm * num_sms)
-    policy.unroll /= 2;
-  // The fewest slices of at most kMaxThreads threads, more when there are too few rows.
+  const bool many = rows >= kManyBlocksPerSm * num_sms;
+  policy.unroll = !many ? 1 : written > 2 * l2_bytes ? 4 : 2;
   const std::int64_t warps_of_row = (vectors + 32 * policy.unroll - 1) / (32 * policy.unroll);
   const std::int64_t least = (warps_of_row * 32 + kMaxThreads - 1) / kMaxThreads;
-  const std::int64_t wanted = rows > 0 ? (kBlocksPerSm * num_sms + rows - 1) / rows : 1;
+  const std::int64_t wanted = kFewBlocksPerSm * num_sms / std::max<std::int64_t>(1, rows);
   const std::int64_t slices = std::clamp<std::int64_t>(wanted, least, std::max(least, warps_of_row));
   policy.threads = static_cast<int>(32 * ((warps_of_row + slices - 1) / slices));
-  policy.streaming =
-      static_cast<std::uint64_t>(p.out_rows) * static_cast<std::uint64_t>(p.row_bytes) > l2_bytes / 2;
   return policy;
 }
 

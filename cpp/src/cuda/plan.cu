@@ -6,6 +6,9 @@
 // count of the rounds before. Summing the warps' counts per expert in order then gives the stable rank in the
 // tile.
 //
+//   tiny: up to 32 routes need neither counts nor barriers; every warp holds all routes, a lane each, and a
+//   thread
+//     compares its expert with them.
 //   one launch: one block, or one cluster whose blocks read each other's counts. A single block builds the
 //   row order
 //     in shared memory first, because one SM writes scattered words to global memory at one a cycle.
@@ -15,6 +18,7 @@
 
 #include <string>
 
+#include "cuda/device/division.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/plan_policy.h"
@@ -34,6 +38,7 @@ struct PlanArgs {
   bool ids_are_i64;
   std::int64_t ids_stride;
   unsigned num_routes, top_k;
+  dev::Divisor by_top_k, by_alignment;
   int num_experts;
   const std::int32_t* expert_map;
   std::int64_t num_global, first_expert;
@@ -42,13 +47,14 @@ struct PlanArgs {
   bool swap_ab;
   std::int32_t* counts;  // [blocks, num_experts]
   unsigned routes_per_block;
+  int experts_per_thread;
 };
 
 // The local expert of route r, or -1.
 __device__ int expert_of(const PlanArgs& args, unsigned r) {
   std::int64_t i = r;
   if (args.ids_stride != args.top_k) {
-    const unsigned t = r / args.top_k;
+    const unsigned t = args.by_top_k.divide(r);
     i = t * args.ids_stride + (r - t * args.top_k);
   }
   std::int64_t id = args.ids_are_i64 ? static_cast<const std::int64_t*>(args.ids)[i]
@@ -83,11 +89,12 @@ struct Tile {
     const int bits = 32 - __clz(num_experts);
     unsigned same[kRounds];
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      same[i] = dev::kWholeWarp;
-      const unsigned key = expert[i] >= 0 ? expert[i] : num_experts;
-      for (int b = 0; b < bits; ++b) {
-        const bool bit = key >> b & 1;
+    for (int i = 0; i < kRounds; ++i) same[i] = dev::kWholeWarp;
+#pragma unroll 4
+    for (int b = 0; b < bits; ++b) {
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const bool bit = (expert[i] >= 0 ? expert[i] : num_experts) >> b & 1;
         const unsigned vote = __ballot_sync(dev::kWholeWarp, bit);
         same[i] &= bit ? vote : ~vote;
       }
@@ -119,7 +126,7 @@ __device__ int sum_over_warps(std::uint16_t* counts, int num_warps, int num_expe
 
 // A row that route r owns.
 __device__ __forceinline__ void write_row(const PlanArgs& args, int row, unsigned r) {
-  args.row_token[row] = static_cast<std::int32_t>(r / args.top_k);
+  args.row_token[row] = static_cast<std::int32_t>(args.by_top_k.divide(r));
   if (args.row_route) args.row_route[row] = static_cast<std::int32_t>(r);
 }
 
@@ -144,21 +151,24 @@ template <class Word>
 struct Packed {
   static constexpr int kHalf = sizeof(Word) * 4;
 
-  static __device__ Word make(int count, int align) {
-    return static_cast<Word>((count + align - 1) / align) << kHalf | static_cast<Word>(count);
+  static __device__ Word make(int count, int blocks) {
+    return static_cast<Word>(blocks) << kHalf | static_cast<Word>(count);
   }
   static __device__ int count(Word w) { return static_cast<int>(w & ((Word{1} << kHalf) - 1)); }
   static __device__ int blocks(Word w) { return static_cast<int>(w >> kHalf); }
 };
 
+__device__ __forceinline__ int scale_blocks(const PlanArgs& args, int count) {
+  return static_cast<int>(args.by_alignment.divide(static_cast<unsigned>(count + args.scale_alignment - 1)));
+}
+
 // Everything that is one entry per expert. `first` and `scale_first` are the sums over the experts before e.
 __device__ void write_expert(const PlanArgs& args, int e, int count, int first, int scale_first) {
-  const int align = args.scale_alignment;
   args.expert_offsets[e] = first;
   args.scale_offsets[e] = scale_first;
   if (e == args.num_experts - 1) {
     args.expert_offsets[e + 1] = first + count;
-    args.scale_offsets[e + 1] = scale_first + (count + align - 1) / align * align;
+    args.scale_offsets[e + 1] = scale_first + scale_blocks(args, count) * args.scale_alignment;
   }
   auto write_sizes = [&](std::int32_t* sizes, int n, int k) {
     if (!sizes) return;
@@ -174,10 +184,9 @@ __device__ void write_expert(const PlanArgs& args, int e, int count, int first, 
 struct ExpertRange {
   int begin, end;
 
-  __device__ explicit ExpertRange(int num_experts) {
-    const int per_thread = (num_experts + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
-    begin = static_cast<int>(threadIdx.x) * per_thread;
-    end = min(begin + per_thread, num_experts);
+  __device__ explicit ExpertRange(const PlanArgs& args) {
+    begin = static_cast<int>(threadIdx.x) * args.experts_per_thread;
+    end = min(begin + args.experts_per_thread, args.num_experts);
   }
 };
 
@@ -187,25 +196,66 @@ struct ExpertRange {
 template <class Word>
 __device__ int scan_experts(const PlanArgs& args, std::int32_t* counts, Word* scratch, bool write) {
   using Pair = Packed<Word>;
-  const ExpertRange range(args.num_experts);
+  const ExpertRange range(args);
   Word sum = 0;
-  for (int e = range.begin; e < range.end; ++e) sum += Pair::make(counts[e], args.scale_alignment);
+  for (int e = range.begin; e < range.end; ++e) sum += Pair::make(counts[e], scale_blocks(args, counts[e]));
   Word total;
   Word before = dev::block_exclusive_scan(sum, scratch, &total);
   for (int e = range.begin; e < range.end; ++e) {
     const int count = counts[e];
     counts[e] = Pair::count(before);
     if (write) write_expert(args, e, count, Pair::count(before), Pair::blocks(before) * args.scale_alignment);
-    before += Pair::make(count, args.scale_alignment);
+    before += Pair::make(count, scale_blocks(args, count));
   }
   return Pair::count(total);
+}
+
+__global__ void __launch_bounds__(kMaxThreads) plan_tiny_kernel(const PlanArgs args) {
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  const unsigned lane = threadIdx.x % 32;
+  const int num_routes = static_cast<int>(args.num_routes);
+  const int expert = lane < args.num_routes ? expert_of(args, lane) : -1;
+  const int key = expert >= 0 ? expert : args.num_experts;  // above every expert: counts for none
+
+  // The lane's route: routes of lower experts, and earlier ones of its own.
+  int lower = 0, rank = 0;
+#pragma unroll 8
+  for (int j = 0; j < num_routes; ++j) {
+    const int other = __shfl_sync(dev::kWholeWarp, key, j);
+    lower += other < key;
+    rank += other == key && j < static_cast<int>(lane);
+  }
+  const int num_rows = __popc(__ballot_sync(dev::kWholeWarp, expert >= 0));
+  // Every route whose rank is a multiple of the alignment opens a scale block.
+  const unsigned in_block = rank - args.by_alignment.divide(rank) * args.scale_alignment;
+  const unsigned opens_block = __ballot_sync(dev::kWholeWarp, expert >= 0 && in_block == 0);
+  if (threadIdx.x < args.num_routes) {
+    args.slot_row[lane] = expert >= 0 ? lower + rank : -1;
+    if (expert >= 0) write_row(args, lower + rank, lane);
+  }
+  clear_rows(args, num_rows);
+
+  for (int first = static_cast<int>(threadIdx.x - lane); first < args.num_experts;
+       first += static_cast<int>(blockDim.x)) {
+    const int e = first + static_cast<int>(lane);
+    int count = 0, rows = 0, blocks = 0;
+#pragma unroll 8
+    for (int j = 0; j < num_routes; ++j) {
+      const int other = __shfl_sync(dev::kWholeWarp, key, j);
+      count += other == e;
+      rows += other < e;
+      blocks += other < e && (opens_block >> j & 1);
+    }
+    if (e < args.num_experts) write_expert(args, e, count, rows, blocks * args.scale_alignment);
+  }
 }
 
 template <int kRounds>
 __global__ void __launch_bounds__(kMaxThreads) plan_single_kernel(const PlanArgs args) {
   extern __shared__ std::uint64_t smem[];
   const unsigned num_blocks = gridDim.x, self = blockIdx.x;  // of the one cluster
-  const unsigned share = (args.num_routes + num_blocks - 1) / num_blocks;
+  const unsigned share = args.routes_per_block;
   const unsigned share_begin = self * share, share_end = min(share_begin + share, args.num_routes);
   const int num_warps = static_cast<int>((share + 32 * kRounds - 1) / (32 * kRounds));  // that own routes
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -224,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads) plan_single_kernel(const PlanArgs
   __syncthreads();
   if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
   __syncthreads();
-  const ExpertRange range(args.num_experts);
+  const ExpertRange range(args);
   for (int e = range.begin; e < range.end; ++e)
     offsets[e] = block_counts[e] = sum_over_warps(counts, num_warps, args.num_experts, e);
   // Phase 2: offsets of the experts, then of this block's part of each.
@@ -387,7 +437,8 @@ auto select_single_kernel(int rounds) {
 }
 
 std::string describe(const PlanPolicy& policy) {
-  return std::string("cuda, launches=") + std::to_string(policy.launches) +
+  if (policy.tiny) return "cuda, tiny=1 threads=" + std::to_string(policy.threads);
+  return std::string("cuda, tiny=0 launches=") + std::to_string(policy.launches) +
          " blocks=" + std::to_string(policy.blocks) + " threads=" + std::to_string(policy.threads) +
          " rounds=" + std::to_string(policy.rounds);
 }
@@ -402,14 +453,16 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
   PlanPolicy policy = select_plan_policy(num_routes, num_experts, compute_capability);
   if (ctx.policy.empty()) return policy;
   override_policy("plan", ctx.policy,
-                  {{"launches", &policy.launches, {1, 2}},
+                  {{"tiny", &policy.tiny, {0, policy.tiny}},
+                   {"launches", &policy.launches, {1, 2}},
                    {"blocks", &policy.blocks, {1, kPlanClusterBlocks, 16, 32, 64, 128}},
                    {"threads", &policy.threads, {32, 64, 128, 256, 512, 1024}},
                    {"rounds", &policy.rounds, {1, 2, 4, 8}}});
   const std::int64_t held = static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds;
   const bool one_cluster =
       policy.blocks == 1 || (policy.blocks == kPlanClusterBlocks && compute_capability >= 90);
-  const bool holds = policy.launches == 1
+  const bool holds = policy.tiny ? policy.launches == 1 && policy.blocks == 1
+                     : policy.launches == 1
                          ? one_cluster && held >= num_routes && num_routes <= kPlanClusterMaxRoutes &&
                                policy.threads * kMaxExpertsPerThread >= num_experts
                          : policy.threads == kPlanTileThreads && policy.rounds == kPlanTileRounds;
@@ -441,6 +494,8 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
                 .ids_stride = p.ids_stride,
                 .num_routes = static_cast<unsigned>(num_routes),
                 .top_k = static_cast<unsigned>(p.top_k),
+                .by_top_k = dev::Divisor(static_cast<unsigned>(std::max<std::int64_t>(1, p.top_k))),
+                .by_alignment = dev::Divisor(static_cast<unsigned>(p.scale_alignment)),
                 .num_experts = static_cast<int>(p.num_experts),
                 .expert_map = p.expert_map,
                 .num_global = p.num_global,
@@ -458,20 +513,28 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
                 .inter = static_cast<std::int32_t>(p.inter),
                 .swap_ab = p.swap_ab,
                 .counts = reinterpret_cast<std::int32_t*>(ctx.workspace.data()),
-                .routes_per_block = 0};
-  const DeviceGuard guard(device);
+                .routes_per_block = 0,
+                .experts_per_thread = 0};
+  const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks;
+  const std::int64_t tiles = policy.launches == 1 ? share : (share + kPlanTile - 1) / kPlanTile * kPlanTile;
+  args.routes_per_block = static_cast<unsigned>(tiles);
+  args.experts_per_thread = static_cast<int>((p.num_experts + policy.threads - 1) / policy.threads);
   LaunchConfig config{.grid = dim3(policy.blocks),
                       .block = dim3(policy.threads),
                       .smem_bytes = plan_smem_bytes(policy, num_routes, p.num_experts),
                       .stream = stream(ctx),
                       .dependent = true};
+  const DeviceGuard guard(device);
+  if (policy.tiny) {
+    config.smem_bytes = 0;
+    launch("plan", device, config, plan_tiny_kernel, args);
+    return;
+  }
   if (policy.launches == 1) {
     config.cluster = dim3(policy.blocks);
     launch("plan", device, config, select_single_kernel(policy.rounds), args);
     return;
   }
-  const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks;
-  args.routes_per_block = static_cast<unsigned>((share + kPlanTile - 1) / kPlanTile * kPlanTile);
   launch("plan", device, config, plan_count_kernel, args);
   launch("plan", device, config, plan_place_kernel, args);
 }

@@ -10,11 +10,14 @@
 namespace moecore::cuda {
 
 struct PlanPolicy {
+  int tiny = 0;      // 1: at most kPlanTinyMaxRoutes, every thread compares its expert with all of them
   int launches = 1;  // 1: one cluster does everything; 2: blocks count their share, a second launch places it
   int blocks = 1;    // one launch: 1 or kPlanClusterBlocks
   int threads = 1024;
   int rounds = 1;  // routes that a thread ranks at a time: 1, 2, 4 or 8
 };
+
+inline constexpr std::int64_t kPlanTinyMaxRoutes = 32;
 
 // The two-launch form. Every block of the second launch sums the counts of all blocks, so more blocks cost
 // more there than they save: 128 of them are enough to place a route per clock cycle.
@@ -28,7 +31,7 @@ inline constexpr std::int64_t kPlanTile = kPlanTileThreads * kPlanTileRounds;
 inline constexpr int kPlanClusterBlocks = 8;
 inline constexpr std::int64_t kPlanSingleMaxRoutes = 8192;
 inline constexpr std::int64_t kPlanClusterMinRoutes = 1024;
-inline constexpr std::int64_t kPlanClusterMaxRoutes = 32768;
+inline constexpr std::int64_t kPlanClusterMaxRoutes = 8192;
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
 constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
@@ -49,22 +52,24 @@ constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num
 
 inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_experts,
                                      int compute_capability) {
+  const std::int64_t expert_threads = std::min<std::int64_t>((num_experts + 31) / 32 * 32, 1024);
+  if (num_routes <= kPlanTinyMaxRoutes) return {1, 1, 1, static_cast<int>(expert_threads), 1};
   const bool clusters = compute_capability >= 90 && num_routes >= kPlanClusterMinRoutes;
   const int blocks = clusters ? kPlanClusterBlocks : 1;
   if (num_routes <= (clusters ? kPlanClusterMaxRoutes : kPlanSingleMaxRoutes)) {
     // As few warps as hold the routes in few rounds, since counts are summed over the warps; a thread for
     // every expert.
     const std::int64_t share = (num_routes + blocks - 1) / blocks;
-    const std::int64_t expert_threads = std::min<std::int64_t>((num_experts + 31) / 32 * 32, 1024);
     for (int rounds : {1, 2, 4, 8}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
-      const PlanPolicy policy{1, blocks, static_cast<int>(std::max(route_threads, expert_threads)), rounds};
+      const PlanPolicy policy{0, 1, blocks, static_cast<int>(std::max(route_threads, expert_threads)),
+                              rounds};
       if (route_threads <= (rounds == 8 ? 1024 : 512) &&
           plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem)
         return policy;
     }
   }
-  return {2, static_cast<int>(plan_blocks(num_routes)), kPlanTileThreads, kPlanTileRounds};
+  return {0, 2, static_cast<int>(plan_blocks(num_routes)), kPlanTileThreads, kPlanTileRounds};
 }
 
 }  // namespace moecore::cuda

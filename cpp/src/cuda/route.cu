@@ -6,27 +6,25 @@
 // logits, a slot a lane, so no score array is kept. Sums run in the order of the CPU engine (16 interleaved
 // partial sums, then halves), which makes the weights equal bit for bit.
 
+#include <cuda_fp16.h>
+
 #include <string>
 
-#include "core/table.h"
-#include "cuda/device/convert.cuh"
 #include "cuda/device/math.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/policy_override.h"
 #include "cuda/route_policy.h"
 #include "cuda/runtime.h"
-#include "cuda/types.cuh"
 
 namespace moecore::cuda {
 namespace {
 
-constexpr int kMaxThreads = 256;
 constexpr unsigned kNone = 0;  // the ordered key of what cannot be selected
-constexpr int kNoExpert = 0x7FFFFFFF;
 
 struct RouteArgs {
   const void* logits;
+  DType dtype;
   std::int64_t num_tokens, logits_stride;
   int num_experts, top_k;
   float* weights;
@@ -59,31 +57,95 @@ __device__ __forceinline__ float from_ordered(unsigned u) {
   return __int_as_float(static_cast<int>(u & 0x80000000 ? u ^ 0x80000000 : ~u));
 }
 
-// The lowest index i * 32 + lane with the largest key of the warp, whose key becomes kNone; kNoExpert when
-// none is left. The same value in all lanes.
+// A lane's keys as a queue: the largest first, of equal ones the lowest place first. Key i of the lane has
+// the index i * 32 + lane in the warp. Few keys are sorted once, so that taking one is a shift of registers.
 template <int kPerLane>
-__device__ __forceinline__ int take_largest(unsigned (&keys)[kPerLane]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  unsigned best = keys[0];
+class Queue {
+ public:
+  __device__ __forceinline__ void fill(const unsigned (&keys)[kPerLane]) {
+    unsigned place[kPerLane];
 #pragma unroll
-  for (int i = 1; i < kPerLane; ++i) best = max(best, keys[i]);
-  best = __reduce_max_sync(dev::kWholeWarp, best);
-  if (best == kNone) return kNoExpert;
-  unsigned index = kNoExpert;
+    for (int i = 0; i < kPerLane; ++i) keys_[i] = keys[i], place[i] = i;
+    // Odd-even transposition: only neighbours change places, so equal keys keep their order.
 #pragma unroll
-  for (int i = kPerLane - 1; i >= 0; --i)
-    if (keys[i] == best) index = i * 32 + lane;
-  index = __reduce_min_sync(dev::kWholeWarp, index);
+    for (int round = 0; round < kPerLane; ++round) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i)
-    if (index == static_cast<unsigned>(i * 32 + lane)) keys[i] = kNone;
-  return static_cast<int>(index);
+      for (int i = round % 2; i + 1 < kPerLane; i += 2) {
+        const bool swap = keys_[i] < keys_[i + 1];
+        const unsigned larger = max(keys_[i], keys_[i + 1]), smaller = min(keys_[i], keys_[i + 1]);
+        const unsigned first = swap ? place[i + 1] : place[i], second = swap ? place[i] : place[i + 1];
+        keys_[i] = larger, keys_[i + 1] = smaller, place[i] = first, place[i + 1] = second;
+      }
+    }
+    places_ = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) places_ |= place[i] << 4 * i;
+  }
+  __device__ __forceinline__ unsigned head() const { return keys_[0]; }
+  __device__ __forceinline__ unsigned index() const { return places_ % 16 * 32 + threadIdx.x % 32; }
+  __device__ __forceinline__ void pop_if(bool mine) {
+#pragma unroll
+    for (int i = 0; i + 1 < kPerLane; ++i) keys_[i] = mine ? keys_[i + 1] : keys_[i];
+    if (mine) keys_[kPerLane - 1] = kNone;
+    if (mine) places_ >>= 4;
+  }
+
+ private:
+  unsigned keys_[kPerLane];
+  unsigned places_;  // of keys_[i] in the i-th four bits
+};
+
+// Many keys stay where they are and are searched again.
+template <int kPerLane>
+  requires(kPerLane > 8)
+class Queue<kPerLane> {
+ public:
+  __device__ __forceinline__ void fill(const unsigned (&keys)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) keys_[i] = keys[i];
+    find_head();
+  }
+  __device__ __forceinline__ unsigned head() const { return head_; }
+  __device__ __forceinline__ unsigned index() const { return place_ * 32 + threadIdx.x % 32; }
+  __device__ __forceinline__ void pop_if(bool mine) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) keys_[i] = mine && i == place_ ? kNone : keys_[i];
+    find_head();
+  }
+
+ private:
+  __device__ __forceinline__ void find_head() {
+    head_ = keys_[0];
+    place_ = 0;
+#pragma unroll
+    for (int i = 1; i < kPerLane; ++i) {
+      place_ = keys_[i] > head_ ? i : place_;
+      head_ = max(head_, keys_[i]);
+    }
+  }
+
+  unsigned keys_[kPerLane];
+  unsigned head_;
+  int place_;
+};
+
+// Finds the warp's largest key, at the lowest index that has it, and takes it out. True in the lane that had
+// it; `largest` is kNone when none is left.
+template <int kPerLane>
+__device__ __forceinline__ bool take_largest(Queue<kPerLane>& queue, unsigned& largest, unsigned& index) {
+  largest = __reduce_max_sync(dev::kWholeWarp, queue.head());
+  bool mine = queue.head() == largest;
+  const unsigned holders = __ballot_sync(dev::kWholeWarp, mine);
+  index = queue.index();
+  if (holders & (holders - 1)) mine = mine && index == __reduce_min_sync(holders, index);
+  queue.pop_if(mine);
+  return mine;
 }
 
 // The sum of e^(x - top) over experts e, by residue of e modulo 16 in ascending order, then by halves. Terms
-// replace x when `keep`.
+// replace x.
 template <int kPerLane>
-__device__ __forceinline__ float sum_of_exponentials(float (&x)[kPerLane], float top, bool keep) {
+__device__ __forceinline__ float sum_of_exponentials(float (&x)[kPerLane], float top) {
   const bool upper = threadIdx.x & 16;
   float sum = 0.0f;
 #pragma unroll
@@ -92,21 +154,71 @@ __device__ __forceinline__ float sum_of_exponentials(float (&x)[kPerLane], float
     const float other = __shfl_xor_sync(dev::kWholeWarp, term, 16);
     sum += upper ? other : term;
     sum += upper ? term : other;
-    if (keep) x[i] = term;
+    x[i] = term;
   }
 #pragma unroll
   for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(dev::kWholeWarp, sum, step);
   return sum;
 }
 
-// The ranks of all groups, group i * 32 + lane in ranks[i] as ordered keys; kNone beyond the last group.
-template <int kPerLane>
-__device__ __forceinline__ void rank_groups(const RouteArgs& args, const unsigned (&keys)[kPerLane],
-                                            unsigned (&ranks)[kPerLane]) {
+// The rank of a group from each lane's two largest keys of it, as an ordered key.
+__device__ __forceinline__ unsigned rank_of_group(unsigned first, unsigned second, bool sum_of_two) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const unsigned best = __reduce_max_sync(dev::kWholeWarp, first);
+  float rank = best == kNone ? minus_infinity() : from_ordered(best);
+  if (sum_of_two) {
+    // One lane that has the largest gives it up.
+    const unsigned owners = __ballot_sync(dev::kWholeWarp, first == best);
+    const unsigned left = lane == __ffs(static_cast<int>(owners)) - 1 ? second : first;
+    const unsigned next = __reduce_max_sync(dev::kWholeWarp, left);
+    rank += next == kNone ? minus_infinity() : from_ordered(next);
+  }
+  return ordered(rank);
+}
+
+// Makes the keys outside the best groups kNone. Groups of whole registers (a multiple of 32 experts), at most
+// 32: a group's rank lives in the lane of its number.
+template <int kPerLane>
+__device__ __forceinline__ void keep_best_register_groups(const RouteArgs& args, unsigned (&keys)[kPerLane]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int registers = args.group_size / 32;
+  const bool sum_of_two = args.group_score == GroupScore::kTop2Sum;
+  unsigned rank[1] = {kNone};
+  unsigned first = kNone, second = kNone;
+  int group = 0, in_group = 0;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) ranks[i] = kNone;
+  for (int i = 0; i < kPerLane; ++i) {
+    second = max(second, min(first, keys[i]));
+    first = max(first, keys[i]);
+    if (++in_group < registers) continue;
+    const unsigned r = rank_of_group(first, second, sum_of_two);
+    if (lane == group && group < args.num_groups) rank[0] = r;
+    first = second = kNone;
+    in_group = 0;
+    ++group;
+  }
+  Queue<1> ranks;
+  ranks.fill(rank);
+  bool mine = false;
+  for (int n = 0; n < args.topk_groups; ++n) {
+    unsigned largest, index;
+    if (take_largest(ranks, largest, index)) mine = true;
+  }
+  const unsigned kept = __ballot_sync(dev::kWholeWarp, mine);
+  group = in_group = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!(kept >> group & 1)) keys[i] = kNone;
+    if (++in_group == registers) in_group = 0, ++group;
+  }
+}
+
+// The same for groups of any size and number: the rank of group i * 32 + lane is in rank[i].
+template <int kPerLane>
+__device__ __forceinline__ void keep_best_groups(const RouteArgs& args, unsigned (&keys)[kPerLane]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const bool sum_of_two = args.group_score == GroupScore::kTop2Sum && args.group_size > 1;
+  unsigned rank[kPerLane] = {};
   for (int g = 0; g < args.num_groups; ++g) {
     const int begin = g * args.group_size, end = begin + args.group_size;
     unsigned first = kNone, second = kNone;
@@ -117,30 +229,20 @@ __device__ __forceinline__ void rank_groups(const RouteArgs& args, const unsigne
       second = max(second, min(first, key));
       first = max(first, key);
     }
-    const unsigned best = __reduce_max_sync(dev::kWholeWarp, first);
-    float rank = best == kNone ? minus_infinity() : from_ordered(best);
-    if (sum_of_two) {
-      // One lane that has the largest gives it up.
-      const unsigned owners = __ballot_sync(dev::kWholeWarp, first == best);
-      const unsigned left = lane == __ffs(static_cast<int>(owners)) - 1 ? second : first;
-      const unsigned next = __reduce_max_sync(dev::kWholeWarp, left);
-      rank += next == kNone ? minus_infinity() : from_ordered(next);
-    }
+    const unsigned r = rank_of_group(first, second, sum_of_two);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
-      if (g == i * 32 + lane) ranks[i] = ordered(rank);
+      if (g == i * 32 + lane) rank[i] = r;
   }
-}
-
-// Makes the keys outside the best groups kNone.
-template <int kPerLane>
-__device__ __forceinline__ void keep_best_groups(const RouteArgs& args, unsigned (&keys)[kPerLane]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  unsigned ranks[kPerLane];
-  rank_groups(args, keys, ranks);
+  Queue<kPerLane> ranks;
+  ranks.fill(rank);
   bool kept[kPerLane] = {};
   for (int n = 0; n < args.topk_groups; ++n) {
-    const int begin = take_largest(ranks) * args.group_size;
+    unsigned largest, index;
+    const unsigned owner = __ballot_sync(dev::kWholeWarp, take_largest(ranks, largest, index));
+    const int group =
+        static_cast<int>(__shfl_sync(dev::kWholeWarp, index, __ffs(static_cast<int>(owner)) - 1));
+    const int begin = group * args.group_size;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int e = i * 32 + lane;
@@ -152,122 +254,191 @@ __device__ __forceinline__ void keep_best_groups(const RouteArgs& args, unsigned
     if (!kept[i]) keys[i] = kNone;
 }
 
-template <class T, int kPerLane>
-__device__ __forceinline__ void route_token(const RouteArgs& args, std::int64_t t) {
+template <bool kSoftmax>
+__device__ __forceinline__ float score_of(const RouteArgs& args, float logit, float top, float sum) {
+  if constexpr (kSoftmax) return dev::exp(logit - top) / sum;
+  return args.scoring == Scoring::kSigmoid ? dev::sigmoid(logit) : logit;
+}
+
+// Logits as they lie in memory, so that a load can be on its way while another token is routed.
+template <int kPerLane>
+struct Logits {
+  unsigned raw[kPerLane];
+
+  __device__ __forceinline__ void load(const RouteArgs& args, std::int64_t t) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (args.dtype == DType::kF32) {
+      const unsigned* own = static_cast<const unsigned*>(args.logits) + t * args.logits_stride + lane;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (i * 32 + lane < args.num_experts) raw[i] = own[i * 32];
+    } else {
+      const unsigned short* own =
+          static_cast<const unsigned short*>(args.logits) + t * args.logits_stride + lane;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (i * 32 + lane < args.num_experts) raw[i] = own[i * 32];
+    }
+  }
+};
+
+__device__ __forceinline__ float widen(unsigned raw, DType dtype) {
+  if (dtype == DType::kF32) return __uint_as_float(raw);
+  if (dtype == DType::kBF16) return __uint_as_float(raw << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
+}
+
+__device__ __forceinline__ float load_logit(const RouteArgs& args, std::int64_t t, int e) {
+  const std::int64_t i = t * args.logits_stride + e;
+  return widen(args.dtype == DType::kF32 ? static_cast<const unsigned*>(args.logits)[i]
+                                         : static_cast<const unsigned short*>(args.logits)[i],
+               args.dtype);
+}
+
+template <int kPerLane, bool kSoftmax, bool kScoreKeys>
+__device__ __forceinline__ void route_token(const RouteArgs& args, std::int64_t t,
+                                            const Logits<kPerLane>& logits, uint2* chosen) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const T* logits = static_cast<const T*>(args.logits) + t * args.logits_stride;
   float* weights = args.weights + t * args.weights_stride;
   std::int32_t* ids = args.ids + t * args.ids_stride;
-  if (args.is_padding && args.is_padding[t]) {
-    for (int j = lane; j < args.top_k; j += 32) ids[j] = -1, weights[j] = 0.0f;
-    return;
-  }
 
-  // Phase 1: logits, -inf for what cannot be selected.
+  // Phase 1: keys by logit.
   float x[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int e = i * 32 + lane;
-    x[i] = e < args.num_experts ? dev::to_f32(logits[e]) : minus_infinity();
-  }
   unsigned keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if (!is_finite(x[i])) x[i] = minus_infinity();
-    keys[i] = x[i] > minus_infinity() ? ordered(x[i]) : kNone;
+    x[i] = i * 32 + lane < args.num_experts ? widen(logits.raw[i], args.dtype) : minus_infinity();
+    const bool finite = is_finite(x[i]);
+    keys[i] = finite ? ordered(x[i]) : kNone;
+    if (!finite) x[i] = minus_infinity();
   }
 
-  // Phase 2: scores, where the keys or the weights need them.
-  const bool keys_are_scores = args.bias || args.num_groups > 1;
+  // Phase 2: softmax's numbers; keys by score where that is another order.
   float top = 0.0f, sum = 1.0f;
-  if (args.scoring == Scoring::kSoftmax) {
+  if constexpr (kSoftmax) {
     unsigned largest = keys[0];
 #pragma unroll
     for (int i = 1; i < kPerLane; ++i) largest = max(largest, keys[i]);
     largest = __reduce_max_sync(dev::kWholeWarp, largest);
     if (largest != kNone) {
       top = from_ordered(largest);
-      sum = sum_of_exponentials(x, top, keys_are_scores);
+      sum = sum_of_exponentials(x, top);
     }
   }
-  if (keys_are_scores) {
+  if constexpr (kScoreKeys) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int e = i * 32 + lane;
-      if (keys[i] == kNone) continue;
-      const float score = args.scoring == Scoring::kSoftmax   ? x[i] / sum
+      const float score = kSoftmax                            ? x[i] / sum
                           : args.scoring == Scoring::kSigmoid ? dev::sigmoid(x[i])
                                                               : x[i];
-      const float bias = args.bias ? args.bias[e] : 0.0f;
-      keys[i] = is_finite(bias) ? ordered(score + bias) : kNone;
+      const float bias = args.bias && e < args.num_experts ? (args.bias + lane)[i * 32] : 0.0f;
+      if (keys[i] != kNone) keys[i] = is_finite(bias) ? ordered(score + bias) : kNone;
     }
-    if (args.num_groups > 1) keep_best_groups(args, keys);
+    if (args.num_groups > 1 && args.group_size % 32 == 0 && args.num_groups <= 32)
+      keep_best_register_groups(args, keys);
+    else if (args.num_groups > 1)
+      keep_best_groups(args, keys);
   }
 
-  // Phase 3: the k largest, 32 slots at a time; then their scores, a slot a lane.
+  // Phase 3: the k largest, 32 slots at a time: their owners leave them in shared memory, a slot a lane picks
+  // them up.
+  Queue<kPerLane> queue;
+  queue.fill(keys);
   float divisor = 0.0f;
   for (int first = 0; first < args.top_k; first += 32) {
     const int slots = min(32, args.top_k - first);
-    int id = kNoExpert;
     for (int j = 0; j < slots; ++j) {
-      const int taken = take_largest(keys);
-      if (lane == j) id = taken;
+      unsigned largest, index;
+      if (take_largest(queue, largest, index)) chosen[j] = {largest, index};
     }
+    __syncwarp();
+    const uint2 mine = chosen[lane];
+    __syncwarp();
+    const bool live = lane < slots && mine.x != kNone;
     float score = 0.0f;
-    if (id != kNoExpert) {
-      const float logit = dev::to_f32(logits[id]);
-      score = args.scoring == Scoring::kSoftmax   ? dev::exp(logit - top) / sum
-              : args.scoring == Scoring::kSigmoid ? dev::sigmoid(logit)
-                                                  : logit;
+    if (live) {
+      // An ordered logit gives the logit back, but for the sign of a zero.
+      const bool reload = kScoreKeys || args.scoring == Scoring::kIdentity;
+      score = score_of<kSoftmax>(
+          args, reload ? load_logit(args, t, static_cast<int>(mine.y)) : from_ordered(mine.x), top, sum);
     }
-    if (args.renormalize)
-      for (int j = 0; j < slots; ++j) divisor += __shfl_sync(dev::kWholeWarp, score, j);
+    if (args.renormalize) {
+      for (int j = 0; j < slots; j += 8) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) divisor += __shfl_sync(dev::kWholeWarp, score, (j + i) % 32);
+      }
+      if (args.top_k <= 32) score = score / (divisor + 1e-20f);
+    }
     if (lane < slots) {
-      ids[first + lane] = id == kNoExpert ? -1 : id;
-      const bool done = !args.renormalize;
-      weights[first + lane] = id == kNoExpert ? 0.0f : done ? score * args.scale : score;
+      ids[first + lane] = live ? static_cast<std::int32_t>(mine.y) : -1;
+      weights[first + lane] = live ? score * args.scale : 0.0f;
     }
-    // The sum is complete after the last 32 slots; a lane scales the weights that it wrote itself.
-    if (args.renormalize && first + slots == args.top_k) {
-      divisor += 1e-20f;
-      for (int j = lane; j < args.top_k; j += 32)
-        if (ids[j] >= 0) weights[j] = weights[j] / divisor * args.scale;
+  }
+  // More than 32 slots: the sum is known only now. A lane goes over the weights that it wrote itself.
+  if (args.renormalize && args.top_k > 32)
+#pragma unroll 1
+    for (int j = lane; j < args.top_k; j += 32)
+      if (ids[j] >= 0)
+        weights[j] =
+            score_of<kSoftmax>(args, load_logit(args, t, ids[j]), top, sum) / (divisor + 1e-20f) * args.scale;
+}
+
+template <int kPerLane, bool kSoftmax, bool kScoreKeys>
+__global__ void __launch_bounds__(kRouteMaxThreads) route_kernel(const RouteArgs args) {
+  __shared__ uint2 chosen[kRouteMaxThreads];
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t warps = blockDim.x / 32, step = gridDim.x * warps;
+  std::int64_t t = blockIdx.x * warps + threadIdx.x / 32;
+  Logits<kPerLane> next;
+  if (t < args.num_tokens) next.load(args, t);
+  for (; t < args.num_tokens; t += step) {
+    const Logits<kPerLane> current = next;
+    if (t + step < args.num_tokens) next.load(args, t + step);  // on its way while this token is routed
+    if (args.is_padding && args.is_padding[t]) {
+#pragma unroll 1
+      for (int j = lane; j < args.top_k; j += 32) {
+        args.ids[t * args.ids_stride + j] = -1;
+        args.weights[t * args.weights_stride + j] = 0.0f;
+      }
+      continue;
     }
+    route_token<kPerLane, kSoftmax, kScoreKeys>(args, t, current, chosen + threadIdx.x / 32 * 32);
   }
 }
 
-template <class T, int kPerLane>
-__global__ void __launch_bounds__(kMaxThreads) route_kernel(const RouteArgs args) {
-  dev::wait_for_predecessor();
-  dev::release_successor();
-  const std::int64_t warps = blockDim.x / 32;
-  for (std::int64_t t = blockIdx.x * warps + threadIdx.x / 32; t < args.num_tokens; t += gridDim.x * warps)
-    route_token<T, kPerLane>(args, t);
-}
-
-template <class T>
+template <bool kSoftmax, bool kScoreKeys>
 auto select_kernel(int per_lane) {
   switch (per_lane) {
     case 1:
-      return route_kernel<T, 1>;
+      return route_kernel<1, kSoftmax, kScoreKeys>;
     case 2:
-      return route_kernel<T, 2>;
+      return route_kernel<2, kSoftmax, kScoreKeys>;
     case 4:
-      return route_kernel<T, 4>;
+      return route_kernel<4, kSoftmax, kScoreKeys>;
     case 8:
-      return route_kernel<T, 8>;
+      return route_kernel<8, kSoftmax, kScoreKeys>;
     case 16:
-      return route_kernel<T, 16>;
+      return route_kernel<16, kSoftmax, kScoreKeys>;
     case 32:
-      return route_kernel<T, 32>;
+      return route_kernel<32, kSoftmax, kScoreKeys>;
     default:
-      return route_kernel<T, 64>;
+      return route_kernel<64, kSoftmax, kScoreKeys>;
   }
+}
+
+auto select_kernel(const RouteArgs& args, int per_lane) {
+  const bool softmax = args.scoring == Scoring::kSoftmax, score_keys = args.bias || args.num_groups > 1;
+  if (softmax) return score_keys ? select_kernel<true, true>(per_lane) : select_kernel<true, false>(per_lane);
+  return score_keys ? select_kernel<false, true>(per_lane) : select_kernel<false, false>(per_lane);
 }
 
 std::string describe(const RoutePolicy& policy) {
   return "cuda, a warp a token, " + std::to_string(policy.per_lane) +
-         " experts a lane, threads=" + std::to_string(policy.threads);
+         " experts a lane, threads=" + std::to_string(policy.threads) +
+         " blocks=" + std::to_string(policy.blocks);
 }
 
 }  // namespace
@@ -275,11 +446,14 @@ std::string describe(const RoutePolicy& policy) {
 void route(const RouteProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("route", ctx);
   RoutePolicy policy = select_route_policy(p.num_tokens, p.num_experts, device.num_sms);
-  override_policy("route", ctx.policy, {{"threads", &policy.threads, {32, 64, 128, 256}}});
+  override_policy(
+      "route", ctx.policy,
+      {{"threads", &policy.threads, {32, 64, 128}}, {"blocks", &policy.blocks, {132, 264, 528, 1056, 2112}}});
   if (explained(ctx, "route", [&] { return describe(policy); })) return;
   if (p.num_tokens == 0) return;
 
   const RouteArgs args{.logits = p.logits,
+                       .dtype = p.dtype,
                        .num_tokens = p.num_tokens,
                        .logits_stride = p.logits_stride,
                        .num_experts = static_cast<int>(p.num_experts),
@@ -297,16 +471,12 @@ void route(const RouteProblem& p, const ExecContext& ctx) {
                        .renormalize = p.renormalize,
                        .scale = p.scale,
                        .is_padding = p.is_padding};
-  const std::int64_t warps = policy.threads / 32;
-  const std::int64_t blocks = std::min<std::int64_t>((p.num_tokens + warps - 1) / warps, 0x7FFFFFFF);
-  const LaunchConfig config{.grid = dim3(static_cast<unsigned>(blocks)),
+  const LaunchConfig config{.grid = dim3(static_cast<unsigned>(policy.blocks)),
                             .block = dim3(policy.threads),
                             .stream = stream(ctx),
                             .dependent = true};
   const DeviceGuard guard(device);
-  visit_instance(RouteTypes{}, p.dtype, [&]<DType D>() {
-    launch("route", device, config, select_kernel<cuda_t<D>>(policy.per_lane), args);
-  });
+  launch("route", device, config, select_kernel(args, policy.per_lane), args);
 }
 
 }  // namespace moecore::cuda

@@ -55,7 +55,7 @@ class DeviceGuard {
 struct LaunchConfig {
   dim3 grid{1};
   dim3 block{1};
-  std::size_t smem_bytes = 0;  // dynamic shared memory; above 48 KiB the kernel's limit is raised first
+  std::size_t smem_bytes = 0;  // dynamic shared memory; the kernel's limit is raised where needed
   cudaStream_t stream = nullptr;
   /// Programmatic dependent launch: the kernel may start while its predecessor drains, so it must call
   /// dev::wait_for_predecessor() before it touches global memory. Ignored below compute capability 9.0.

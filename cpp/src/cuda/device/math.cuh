@@ -22,7 +22,7 @@ struct Scaled {
 
 /// e^x in two factors. NaN, infinities, overflow and denormal results as in the exact function.
 __device__ __forceinline__ Scaled scaled_exp(float x) {
-  x = min_or_second(130.0f, max_or_second(-150.0f, x));
+  x = min_or_second(130.0f, max_or_second(-176.1f, x));
   // x = n * ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
   constexpr float kMagic = 12582912.0f;
   const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
@@ -34,7 +34,7 @@ __device__ __forceinline__ Scaled scaled_exp(float x) {
   q = __fmaf_rn(q, r, 0.166665201068f);
   q = __fmaf_rn(q, r, 0.499999934136f);
   const float p = __fmaf_rn(r * r, q, r) + 1.0f;
-  // 2^n as two powers, each a normal number.
+  // 2^n as two powers: each a normal number, or 0 for n < -252.
   const int whole = __float_as_int(shifted) - __float_as_int(kMagic), half = whole >> 1;
   return {p * __int_as_float((half + 127) << 23), __int_as_float((whole - half + 127) << 23)};
 }
@@ -43,10 +43,20 @@ __device__ __forceinline__ float exp(float x) {
   return scaled_exp(x).product();
 }
 
-/// 1 / (1 + e^-x), to the last bits also where it is tiny.
+/// n / d rounded once, for d in [1, 2] and an n in [0, 1] that is below 2^-24 only where d is 1. Without the
+/// general division's branches, so that several overlap.
+__device__ __forceinline__ float divide_by_one_to_two(float n, float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  r = __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r);
+  const float q = n * r;
+  return __fmaf_rn(__fmaf_rn(-d, q, n), r, q);
+}
+
+/// 1 / (1 + e^-x), to the last bits also where it is tiny. NaN passes.
 __device__ __forceinline__ float sigmoid(float x) {
   const float e = exp(-fabsf(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+  return divide_by_one_to_two(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 /// x / (1 + e^-y), from e^-|y| and the sign of y.
@@ -76,8 +86,8 @@ __device__ __forceinline__ float swish(float x, float alpha) {
 
 /// x * Phi(x).
 __device__ __forceinline__ float gelu(float x) {
-  // q = Phi(-t) = e^(-t^2 / 2) * R(t); it underflows before t = 14.5.
-  const float t = min_or_second(14.5f, fabsf(x));
+  // q = Phi(-t) = e^(-t^2 / 2) * R(t), 0 for t > 18.8.
+  const float t = min_or_second(20.0f, fabsf(x));
   const float square = t * t, square_lo = __fmaf_rn(t, t, -square);
   const Scaled e = exp_minus(0.5f * square, 0.5f * square_lo);
   const float t4 = t + 4.0f, s = (t - 4.0f) / t4;
@@ -98,8 +108,8 @@ __device__ __forceinline__ float gelu(float x) {
 
 /// x / (1 + e^-y), y = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 __device__ __forceinline__ float gelu_tanh(float x) {
-  // y = t * (c0 + c1 t^2) with what each step lost; at t = 11 the exponential has underflowed.
-  const float t = min_or_second(11.0f, fabsf(x));
+  // y = t * (c0 + c1 t^2) with what each step lost; at t = 20 the exponential is 0.
+  const float t = min_or_second(20.0f, fabsf(x));
   constexpr float c0 = 0x1.988454p+0f, c0_lo = -0x1.857936p-25f;
   constexpr float c1 = 0x1.2444f2p-4f, c1_lo = 0x1.49b16ap-29f;
   const float square = t * t, square_lo = __fmaf_rn(t, t, -square);
