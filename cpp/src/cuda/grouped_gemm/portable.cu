@@ -16,6 +16,7 @@
 #include "cuda/grouped_gemm/engines.h"
 #include "cuda/grouped_gemm/epilogue.cuh"
 #include "cuda/grouped_gemm/tiles.cuh"
+#include "cuda/policy_override.h"
 #include "cuda/types.cuh"
 
 namespace moecore::cuda {
@@ -259,18 +260,21 @@ bool rows_aligned(const GroupedGemmProblem& p) {
          aligned(p.weight_row_stride * bytes) && aligned(p.weight_expert_stride * bytes);
 }
 
-int tile_tokens(const GroupedGemmProblem& p) {
-  return p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
+/// Widest token tile.
+int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  int tokens = p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
+  override_policy("grouped_gemm", ctx.policy, {{"max_tokens", &tokens, {kNarrow, kWide}}});
+  return tokens;
 }
 
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&) {
   return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
 }
 
-std::string describe(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext&) {
+std::string describe(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext& ctx) {
   char text[128];
   std::snprintf(text, sizeof(text), "%s, %d weight rows x up to %d tokens, rows by %s",
-                p.dtype == DType::kF32 ? "fma" : "mma.sync", kTileRows, tile_tokens(p),
+                p.dtype == DType::kF32 ? "fma" : "mma.sync", kTileRows, tile_tokens(p, ctx),
                 rows_aligned(p) ? "16-byte copies" : "single elements");
   return text;
 }
@@ -292,8 +296,8 @@ void run_width(const GroupedGemmProblem& p, const DeviceInfo& device, const Exec
 
 void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
   visit_instance(GroupedGemmTypes{}, p.dtype, [&]<DType D>() {
-    tile_tokens(p) == kNarrow ? run_width<cuda_t<D>, kNarrow>(p, device, ctx)
-                              : run_width<cuda_t<D>, kWide>(p, device, ctx);
+    tile_tokens(p, ctx) == kNarrow ? run_width<cuda_t<D>, kNarrow>(p, device, ctx)
+                                   : run_width<cuda_t<D>, kWide>(p, device, ctx);
   });
 }
 
