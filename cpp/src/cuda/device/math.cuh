@@ -43,20 +43,22 @@ __device__ __forceinline__ float exp(float x) {
   return scaled_exp(x).product();
 }
 
-/// n / d rounded once, for d in [1, 2] and an n in [0, 1] that is below 2^-24 only where d is 1. Without the
-/// general division's branches, so that several overlap.
-__device__ __forceinline__ float divide_by_one_to_two(float n, float d) {
+/// 1 / (1 + e) or e / (1 + e) for e in [0, 1], rounded once: n is 1 or e, d the rounded 1 + e. Without the
+/// branches of the general division, so that several overlap. Exhaustive over e and over reciprocals that are
+/// off by one unit: the correction is right for all but 1 / (2 - 2^-23), where the exact quotient lies just
+/// above a tie.
+__device__ __forceinline__ float divide_by_one_plus(float n, float d) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
   r = __fmaf_rn(__fmaf_rn(-d, r, 1.0f), r, r);
-  const float q = n * r;
-  return __fmaf_rn(__fmaf_rn(-d, q, n), r, q);
+  const float q = n * r, corrected = __fmaf_rn(__fmaf_rn(-d, q, n), r, q);
+  return d == 0x1.fffffep+0f && n == 1.0f ? 0x1.000002p-1f : corrected;
 }
 
 /// 1 / (1 + e^-x), to the last bits also where it is tiny. NaN passes.
 __device__ __forceinline__ float sigmoid(float x) {
   const float e = exp(-fabsf(x));
-  return divide_by_one_to_two(x < 0.0f ? e : 1.0f, 1.0f + e);
+  return divide_by_one_plus(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 /// x / (1 + e^-y), from e^-|y| and the sign of y.
