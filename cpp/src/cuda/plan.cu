@@ -6,15 +6,12 @@
 // count of the rounds before. Summing the warps' counts per expert in order then gives the stable rank in the
 // tile.
 //
-//   tiny: up to 32 routes need neither counts nor barriers; every warp holds all routes, a lane each, and a
-//   thread
-//     compares its expert with them.
-//   one launch: one block, or one cluster whose blocks read each other's counts. A single block builds the
-//   row order
-//     in shared memory first, because one SM writes scattered words to global memory at one a cycle.
-//   two launches: plan_count_kernel leaves counts[block][expert] of every block's contiguous share of the
-//   routes;
-//     plan_place_kernel sums the counts of the blocks before it, then ranks its share tile by tile.
+//   tiny          up to 32 routes: neither counts nor barriers. Every warp holds all routes, a lane each, and
+//                 a thread compares its expert with them.
+//   one launch    one block, or one cluster whose blocks read each other's counts. A single block builds the
+//                 row order in shared memory, because one SM scatters a word to global memory per cycle.
+//   two launches  plan_count_kernel leaves counts[block][expert] of every block's contiguous share of the
+//                 routes; plan_place_kernel sums those of the blocks before it, then ranks tile by tile.
 
 #include <string>
 
