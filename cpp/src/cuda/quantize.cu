@@ -78,6 +78,7 @@ QuantizeArgs make_args(const QuantizeProblem& p) {
                                             p.format.data_dtype() == DType::kE2M1 ? 8 : 16),
                     .scales = p.scales,
                     .stored_blocks = static_cast<int>(stored_blocks(p.scales)),
+                    .steps = ScaleSteps(p.scales),
                     .rule = {.amax_floor = p.format.amax_floor,
                              .amax_cap = p.format.amax_cap,
                              .power_of_two = p.format.kind != QuantKind::kFp8 || p.format.power_of_two,
@@ -145,6 +146,7 @@ struct DequantizeArgs {
   bool global_scale_per_expert;
   bool one_scale;  // for the tensor
   int block;       // columns, 0 for a whole row
+  ScaleSteps steps;
   ExpertRowsRef experts;
   void* out;
   std::int64_t out_stride;
@@ -170,10 +172,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   if (n <= 0) return;
 
   const Place place = place_of(args.experts, args.scales, args.global_scale_per_expert, row, search_expert);
+  const int block = args.block > 0 ? column / args.block : 0;
   const std::byte* at = args.scales.data;
-  if (!args.one_scale)
-    at +=
-        scale_byte(args.scales, place.scale_base, place.scale_row, args.block > 0 ? column / args.block : 0);
+  if (!args.one_scale) at += place.scales + args.steps.to(block);
   float scale;
   if (args.scales.bytes == 4) {
     scale = *reinterpret_cast<const float*>(at);
@@ -302,6 +303,7 @@ void dequantize(const DequantizeProblem& p, const ExecContext& ctx) {
                             .global_scale_per_expert = p.global_scale_per_expert,
                             .one_scale = encoding_of(p.format) == Encoding::kTensor,
                             .block = static_cast<int>(p.format.block()),
+                            .steps = ScaleSteps(p.scales),
                             .experts = p.experts,
                             .out = p.out,
                             .out_stride = p.out_stride,

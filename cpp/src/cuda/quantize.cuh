@@ -6,6 +6,8 @@
 // expert, its copies, where its scales stand) is the same for all its lanes.
 
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "core/numeric.h"
 #include "cuda/activation.cuh"
@@ -35,6 +37,15 @@ struct ScaleRule {
   numeric::PowerOfTwoRule exponent;
 };
 
+/// Bytes between the scales of a row.
+struct ScaleSteps {
+  std::int64_t four = 0, one = 0;  // from four scales to the next four, and from one to the next
+
+  explicit ScaleSteps(const ScaleRef& s)
+      : four(scale_byte(s, 0, 0, kScaleWord)), one(scale_byte(s, 0, 0, 1)) {}
+  __device__ __forceinline__ std::int64_t to(int block) const { return block / 4 * four + block % 4 * one; }
+};
+
 struct QuantizeArgs {
   const void* x;
   std::int64_t x_stride;
@@ -45,6 +56,7 @@ struct QuantizeArgs {
   bool x_aligned, data_aligned;  // every unit starts where its vectors may
   ScaleRef scales;
   int stored_blocks;  // of a row: with scales in words, up to the end of the last word
+  ScaleSteps steps;
   ScaleRule rule;
   const float* global_scale;
   bool global_scale_per_expert;
@@ -105,9 +117,9 @@ __device__ __forceinline__ std::int64_t count_experts(const ExpertRowsRef& exper
   return __reduce_add_sync(0xFFFFFFFF, ended);
 }
 
-/// Where a row's scales stand, and its expert.
+/// A row's expert, and the byte where its scales begin.
 struct Place {
-  std::int64_t expert = 0, scale_base = 0, scale_row = 0;
+  std::int64_t expert = 0, scales = 0;
 };
 
 __device__ __forceinline__ std::int64_t group_scale_rows(const ExpertRowsRef& experts, ScaleLayout layout) {
@@ -120,20 +132,21 @@ template <class Find>
 __device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const ScaleRef& scales,
                                           bool expert_needed, std::int64_t row, Find&& find) {
   Place place;
-  place.scale_row = row;
+  std::int64_t base = 0, scale_row = row;
   if (experts.row_counts) {
     place.expert = row / experts.group_rows;
     if (is_swizzled(scales.layout)) {
-      place.scale_base = place.expert * group_scale_rows(experts, scales.layout);
-      place.scale_row = row - place.expert * experts.group_rows;
+      base = place.expert * group_scale_rows(experts, scales.layout);
+      scale_row = row - place.expert * experts.group_rows;
     }
   } else if (experts.expert_offsets && (experts.scale_offsets || expert_needed)) {
     place.expert = find(experts, row);
     if (experts.scale_offsets) {
-      place.scale_base = __ldg(experts.scale_offsets + place.expert);
-      place.scale_row = row - __ldg(experts.expert_offsets + place.expert);
+      base = __ldg(experts.scale_offsets + place.expert);
+      scale_row = row - __ldg(experts.expert_offsets + place.expert);
     }
   }
+  place.scales = scale_byte(scales, base, scale_row, 0);
   return place;
 }
 
@@ -145,64 +158,62 @@ __device__ __forceinline__ Place place_of_warp_row(const QuantizeArgs& args, std
                   });
 }
 
+/// 16 elements as they are in memory: half the registers that floats would take for 16-bit types.
+template <class T>
+struct alignas(16) Unit {
+  T values[kUnit];
+
+  __device__ __forceinline__ float operator[](int e) const { return dev::to_f32(values[e]); }
+};
+
 /// 16 elements from `p`, of which the first `n` exist; the others are NaN, which no magnitude sees.
 template <class T>
-__device__ __forceinline__ void load_unit(const T* p, int n, bool aligned, float* v) {
-  constexpr int kWidth = 16 / sizeof(T);
+__device__ __forceinline__ void load_unit(const T* p, int n, bool aligned, Unit<T>& unit) {
   if (aligned && n >= kUnit) {
-    using Vector = dev::Pack<T, kWidth>;
-    uint4 raw[kUnit / kWidth];
 #pragma unroll
-    for (int i = 0; i < kUnit / kWidth; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
-#pragma unroll
-    for (int i = 0; i < kUnit / kWidth; ++i) {
-      const Vector& vector = reinterpret_cast<const Vector&>(raw[i]);
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) v[i * kWidth + e] = dev::to_f32(vector.values[e]);
-    }
+    for (int i = 0; i < static_cast<int>(sizeof unit) / 16; ++i)
+      reinterpret_cast<uint4*>(unit.values)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
   } else {
 #pragma unroll
-    for (int e = 0; e < kUnit; ++e) v[e] = e < n ? dev::to_f32(p[e]) : __uint_as_float(0x7FC00000u);
+    for (int e = 0; e < kUnit; ++e)
+      unit.values[e] = e < n ? p[e] : dev::from_f32<T>(__uint_as_float(0x7FC00000u));
   }
 }
 
+/// The activated columns, rounded where the unfused pair stores them.
 template <class T, ActivationKind kKind>
 __device__ __forceinline__ void activate_unit(const QuantizeArgs& args, const T* x, int column, int n,
-                                              float* v) {
+                                              Unit<T>& unit) {
+  const float absent = __uint_as_float(0x7FC00000u);
   if (args.order == GateOrder::kPlain) {
-    load_unit(x + column, n, args.x_aligned, v);
+    load_unit(x + column, n, args.x_aligned, unit);
 #pragma unroll
-    for (int e = 0; e < kUnit; ++e) v[e] = activate_plain<kKind>(v[e], args.activation);
-  } else {
-    float up[kUnit];
-    if (args.order == GateOrder::kInterleaved) {
-      float pairs[2 * kUnit];
-      load_unit(x + 2 * column, 2 * n, args.x_aligned, pairs);
-      load_unit(x + 2 * column + kUnit, 2 * n - kUnit, args.x_aligned, pairs + kUnit);
-#pragma unroll
-      for (int e = 0; e < kUnit; ++e) {
-        v[e] = pairs[2 * e];
-        up[e] = pairs[2 * e + 1];
-      }
-    } else {
-      const bool gate_first = args.order == GateOrder::kGateUp;
-      load_unit(x + column + (gate_first ? 0 : args.cols), n, args.x_aligned, v);
-      load_unit(x + column + (gate_first ? args.cols : 0), n, args.x_aligned, up);
-    }
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) v[e] = activate_gated<kKind>(v[e], up[e], args.activation);
+    for (int e = 0; e < kUnit; ++e)
+      unit.values[e] = dev::from_f32<T>(e < n ? activate_plain<kKind>(unit[e], args.activation) : absent);
+    return;
   }
-  // Rounded where the unfused pair stores it. Absent columns are NaN again.
+  // Gates and ups, or the two halves of the pairs.
+  const bool interleaved = args.order == GateOrder::kInterleaved,
+             gate_first = args.order == GateOrder::kGateUp;
+  Unit<T> first, second;
+  load_unit(x + (interleaved ? 2 * column : column), interleaved ? 2 * n : n, args.x_aligned, first);
+  load_unit(x + (interleaved ? 2 * column + kUnit : column + args.cols), interleaved ? 2 * n - kUnit : n,
+            args.x_aligned, second);
 #pragma unroll
-  for (int e = 0; e < kUnit; ++e)
-    v[e] = e < n ? dev::to_f32(dev::from_f32<T>(v[e])) : __uint_as_float(0x7FC00000u);
+  for (int e = 0; e < kUnit; ++e) {
+    const Unit<T>& half = e < kUnit / 2 ? first : second;
+    const int pair = 2 * e % kUnit;
+    const float gate = interleaved ? half[pair] : gate_first ? first[e] : second[e];
+    const float up = interleaved ? half[pair + 1] : gate_first ? second[e] : first[e];
+    unit.values[e] = dev::from_f32<T>(e < n ? activate_gated<kKind>(gate, up, args.activation) : absent);
+  }
 }
 
 /// The activations that no current model has in its experts: out of line, so that every kernel is not five
 /// activations longer.
 template <class T>
 __device__ __noinline__ void activate_unit_rarely(const QuantizeArgs& args, const T* x, int column, int n,
-                                                  float* v) {
+                                                  Unit<T>& v) {
   using enum ActivationKind;
   switch (args.kind) {
     case kGelu:
@@ -221,28 +232,39 @@ __device__ __noinline__ void activate_unit_rarely(const QuantizeArgs& args, cons
 /// Columns [column, column + 16) of a source row, NaN from args.cols on.
 template <class T, bool kActivated>
 __device__ __forceinline__ void load_source(const QuantizeArgs& args, std::int64_t row, int column,
-                                            float* v) {
+                                            Unit<T>& unit) {
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const int n = args.cols - column;
   if constexpr (!kActivated) {
-    load_unit(x + column, n, args.x_aligned, v);
+    load_unit(x + column, n, args.x_aligned, unit);
   } else if (args.kind == ActivationKind::kSilu) {
-    activate_unit<T, ActivationKind::kSilu>(args, x, column, n, v);
+    activate_unit<T, ActivationKind::kSilu>(args, x, column, n, unit);
   } else if (args.kind == ActivationKind::kSwigluOai) {
-    activate_unit<T, ActivationKind::kSwigluOai>(args, x, column, n, v);
+    activate_unit<T, ActivationKind::kSwigluOai>(args, x, column, n, unit);
   } else {
-    float away[kUnit];  // a copy, so that `v` itself stays in registers
+    Unit<T> away;  // a copy, so that `unit` itself stays in registers
     activate_unit_rarely<T>(args, x, column, n, away);
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) v[e] = away[e];
+    unit = away;
   }
 }
 
-/// Largest magnitude of a unit that is not NaN, NaN if there is none.
-__device__ __forceinline__ float unit_amax(const float* v) {
-  float amax = fabsf(v[0]);
+/// Largest magnitude of a unit that is not NaN, NaN if there is none. `has_nan`: whether there is some.
+template <class T>
+__device__ __forceinline__ float unit_amax(const Unit<T>& unit, bool& has_nan) {
+  if constexpr (sizeof(T) == 2) {
+    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Two* pairs = reinterpret_cast<const Two*>(unit.values);
+    Two amax = __habs2(pairs[0]);
 #pragma unroll
-  for (int e = 1; e < kUnit; ++e) amax = fmaxf(amax, fabsf(v[e]));
+    for (int i = 1; i < kUnit / 2; ++i) amax = __hmax2_nan(amax, __habs2(pairs[i]));
+    const float a = dev::to_f32(amax.x), b = dev::to_f32(amax.y);
+    has_nan = !(a <= b || b <= a);
+    if (!has_nan) return fmaxf(a, b);
+  }
+  has_nan = true;  // or not looked for
+  float amax = fabsf(unit[0]);
+#pragma unroll
+  for (int e = 1; e < kUnit; ++e) amax = fmaxf(amax, fabsf(unit[e]));
   return amax;
 }
 
@@ -285,20 +307,31 @@ struct Codes {
   std::uint32_t words[4];
 };
 
-template <bool kFp4>
-__device__ __forceinline__ Codes encode_unit(float* v, float factor, int n) {
+/// `regular`: no element is NaN, nor are they times `factor`, which is not negative.
+template <bool kFp4, class T>
+__device__ __forceinline__ Codes encode_unit(const Unit<T>& unit, float factor, int n, bool regular) {
+  constexpr int kPerWord = kFp4 ? 8 : 4;
+  constexpr bool kByMagnitude = kFp4 && sizeof(T) == 2 && !MOECORE_HAS_E2M1_INSTRUCTION;
   Codes codes{};
+  if (kByMagnitude && regular) {
+    const auto* words = reinterpret_cast<const std::uint32_t*>(unit.values);
 #pragma unroll
-  for (int e = 0; e < kUnit; ++e) v[e] = __fmul_rn(v[e], factor);
-  if constexpr (kFp4) {
-    codes.words[0] = dev::e2m1x8(v);
-    codes.words[1] = dev::e2m1x8(v + 8);
+    for (int i = 0; i < kUnit / 8; ++i) {
+      float a[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) a[e] = __fmul_rn(fabsf(unit[i * 8 + e]), factor);
+      codes.words[i] = dev::e2m1_magnitudes(a) | dev::nibble_signs(words + i * 4);
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) codes.words[i] = dev::e4m3x4(v + 4 * i);
+    for (int i = 0; i < kUnit / kPerWord; ++i) {
+      float y[kPerWord];
+#pragma unroll
+      for (int e = 0; e < kPerWord; ++e) y[e] = __fmul_rn(unit[i * kPerWord + e], factor);
+      codes.words[i] = kFp4 ? dev::e2m1x8(y) : dev::e4m3x4(y);
+    }
   }
   if (n < kUnit) {  // nothing behind column n
-    constexpr int kPerWord = kFp4 ? 8 : 4;
 #pragma unroll
     for (int i = 0; i < kUnit / kPerWord; ++i) {
       const int left = n - i * kPerWord;
@@ -328,10 +361,11 @@ __device__ __forceinline__ void store_unit(const QuantizeArgs& args, std::int64_
     if (i < bytes) to[i] = static_cast<std::uint8_t>(codes.words[i / 4] >> i % 4 * 8);
 }
 
-__device__ __forceinline__ void store_scale(const ScaleRef& scales, const Place& place, std::int64_t block,
+/// `row` is where the row's scales begin.
+__device__ __forceinline__ void store_scale(const QuantizeArgs& args, std::int64_t row, int block,
                                             std::uint32_t bits) {
-  std::byte* to = scales.data + scale_byte(scales, place.scale_base, place.scale_row, block);
-  if (scales.bytes == 4)
+  std::byte* to = args.scales.data + row + args.steps.to(block);
+  if (args.scales.bytes == 4)
     *reinterpret_cast<std::uint32_t*>(to) = bits;
   else
     *to = static_cast<std::byte>(bits);

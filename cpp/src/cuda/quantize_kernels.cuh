@@ -22,6 +22,13 @@ namespace {
 constexpr unsigned kWarp = 0xFFFFFFFF;
 constexpr int kMaxTileThreads = 256;
 
+/// Blocks of kMaxTileThreads that registers must leave room for: the loads of many warps hide what a unit
+/// waits for.
+template <class T>
+constexpr int tile_blocks_per_sm(bool activated, int unroll) {
+  return sizeof(T) == 4 || activated ? 3 : unroll == 2 ? 4 : 6;
+}
+
 /// Zeroes rows [begin, end) of words [word, word + kPaddingWords) of one swizzled block of scales.
 __device__ inline void zero_scale_rows(const ScaleRef& scales, std::int64_t base, std::int64_t begin,
                                        std::int64_t end, std::int64_t word) {
@@ -86,14 +93,14 @@ struct Units {
 
 template <Encoding kEncoding, int kUnroll>
 __device__ __forceinline__ void store_units(const QuantizeArgs& args, const Units<kUnroll>& units, int first,
-                                            std::int64_t row, const Place& place) {
+                                            std::int64_t row, std::int64_t scales) {
   constexpr int kLanes = units_of_block(kEncoding);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int column = first + u * kTile, block = column / (kUnit * kLanes);
     store_unit<is_fp4(kEncoding)>(args, row, column, units.codes[u]);
     if (kEncoding != Encoding::kTensor && threadIdx.x % kLanes == 0 && block < args.stored_blocks)
-      store_scale(args.scales, place, block, column < args.cols ? units.scale[u] : 0u);
+      store_scale(args, scales, block, column < args.cols ? units.scale[u] : 0u);
   }
 }
 
@@ -117,7 +124,7 @@ __global__ void __launch_bounds__(kMaxTileThreads)
   const std::int64_t num_rows = live_rows(args.experts, args.rows);
   if (!by_token && (task >= num_rows || !row_is_live(args.experts, task))) return;
 
-  float v[kUnroll][kUnit];
+  Unit<T> v[kUnroll];
   const std::int64_t source = args.row_token ? args.row_token[task] : task;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) load_source<T, kActivated>(args, source, first + u * kTile, v[u]);
@@ -133,8 +140,9 @@ __global__ void __launch_bounds__(kMaxTileThreads)
   Units<kUnroll> units;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
+    bool has_nan = true;
     if constexpr (kEncoding != Encoding::kTensor) {
-      float amax = unit_amax(v[u]);
+      float amax = unit_amax(v[u], has_nan);
 #pragma unroll
       for (int distance = 1; distance < units_of_block(kEncoding); distance *= 2)
         amax = fmaxf(amax, __shfl_xor_sync(kWarp, amax, distance));
@@ -143,10 +151,11 @@ __global__ void __launch_bounds__(kMaxTileThreads)
       units.scale[u] = scale.bits;
       factor = scale.factor;
     }
-    units.codes[u] = encode_unit<is_fp4(kEncoding)>(v[u], factor, args.cols - (first + u * kTile));
+    units.codes[u] = encode_unit<is_fp4(kEncoding)>(v[u], factor, args.cols - (first + u * kTile),
+                                                    !has_nan && factor <= std::numeric_limits<float>::max());
   }
 
-  if (!by_token) return store_units<kEncoding>(args, units, first, task, place);
+  if (!by_token) return store_units<kEncoding>(args, units, first, task, place.scales);
   // Every lane finds the place of one of the token's rows; then all lanes write to each.
   for (int j = 0; j < args.top_k; j += 32) {
     std::int64_t row =
@@ -155,10 +164,8 @@ __global__ void __launch_bounds__(kMaxTileThreads)
     if (live) place = place_of(args.experts, args.scales, false, row, search_expert);
     for (unsigned left = __ballot_sync(kWarp, live); left != 0; left &= left - 1) {
       const int slot = __ffs(static_cast<int>(left)) - 1;
-      Place there;
-      there.scale_base = __shfl_sync(kWarp, place.scale_base, slot);
-      there.scale_row = __shfl_sync(kWarp, place.scale_row, slot);
-      store_units<kEncoding>(args, units, first, __shfl_sync(kWarp, row, slot), there);
+      store_units<kEncoding>(args, units, first, __shfl_sync(kWarp, row, slot),
+                             __shfl_sync(kWarp, place.scales, slot));
     }
   }
 }
@@ -191,17 +198,18 @@ __global__ void __launch_bounds__(kRowThreads)
   const int step = static_cast<int>(blockDim.x) * kUnit, first = static_cast<int>(threadIdx.x) * kUnit;
 
   constexpr int kHeld = kUnits > 0 ? kUnits : 1;
-  float v[kHeld][kUnit];
+  Unit<T> v[kHeld];
   float amax = 0.0f;
+  bool has_nan;  // not of interest: e4m3 has a code for it
   if constexpr (kUnits > 0) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) load_source<T, kActivated>(args, source, first + u * step, v[u]);
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) amax = fmaxf(amax, unit_amax(v[u]));
+    for (int u = 0; u < kUnits; ++u) amax = fmaxf(amax, unit_amax(v[u], has_nan));
   } else {
     for (int column = first; column < args.cols; column += step) {
       load_source<T, kActivated>(args, source, column, v[0]);
-      amax = fmaxf(amax, unit_amax(v[0]));
+      amax = fmaxf(amax, unit_amax(v[0], has_nan));
     }
   }
   const BlockScale scale = block_scale<Encoding::kToken>(
@@ -214,8 +222,8 @@ __global__ void __launch_bounds__(kRowThreads)
       if (const std::int64_t row = __ldg(args.slot_row + task * args.top_k + j); row >= 0 && row < num_rows)
         write(row);
   };
-  auto encode = [&](float* values, int column) {
-    const Codes codes = encode_unit<false>(values, scale.factor, args.cols - column);
+  auto encode = [&](const Unit<T>& values, int column) {
+    const Codes codes = encode_unit<false>(values, scale.factor, args.cols - column, false);
     for_rows([&](std::int64_t row) { store_unit<false>(args, row, column, codes); });
   };
   if constexpr (kUnits > 0) {
@@ -228,7 +236,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
   }
   if (threadIdx.x == 0)
-    for_rows([&](std::int64_t row) { store_scale(args.scales, {.scale_row = row}, 0, scale.bits); });
+    for_rows([&](std::int64_t row) { store_scale(args, row * args.scales.pitch, 0, scale.bits); });
 }
 
 /// Warp w takes the tiles from w * share on, and hands in its maximum where the expert changes and at the
@@ -259,10 +267,11 @@ __global__ void __launch_bounds__(kMaxTileThreads)
       if (next != expert) hand_in();
       expert = next;
     }
-    float v[kUnit];
+    Unit<T> v;
+    bool has_nan;
     load_source<T, kActivated>(
         args, row, static_cast<int>(tile - std::int64_t{row} * args.tiles) * kTile + lane * kUnit, v);
-    most = fmaxf(most, unit_amax(v));
+    most = fmaxf(most, unit_amax(v, has_nan));
   }
   hand_in();
 }

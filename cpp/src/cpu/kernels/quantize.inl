@@ -96,21 +96,22 @@ bool amax_by_floats(const T* x, std::int64_t n, std::int64_t block, float* amax)
 template <class T>
 bool amax_by_words(const T* x, std::int64_t n, std::int64_t block, float* amax) {
   constexpr std::uint16_t kInfinity = std::is_same_v<T, BF16> ? 0x7F80 : 0x7C00;
-  T most[kQuantizeBlocks + W];
-  std::uint16_t largest = 0;
-  std::int64_t b = 0;
-  for (std::int64_t begin = 0; begin < n; begin += block, ++b) {
-    const std::int64_t length = begin + block < n ? block : n - begin;
-    std::uint16_t m = max_magnitude(&x[begin].bits, length / 16);
-    for (std::int64_t i = begin + length / 16 * 16; i < begin + length; ++i) {
-      const std::uint16_t a = x[i].bits & 0x7FFF;
+  T most[kQuantizeBlocks + 16] = {};
+  const std::int64_t full = n / block, words = block / 16;
+  for (std::int64_t b = 0; b < full; ++b) most[b].bits = max_magnitude(&x[b * block].bits, words);
+  std::int64_t blocks = full;
+  if (full * block < n) {
+    const T* rest = x + full * block;
+    const std::int64_t left = n - full * block;
+    std::uint16_t m = max_magnitude(&rest->bits, left / 16);
+    for (std::int64_t i = left / 16 * 16; i < left; ++i) {
+      const std::uint16_t a = rest[i].bits & 0x7FFF;
       m = a > m ? a : m;
     }
-    most[b].bits = m;
-    largest = m > largest ? m : largest;
+    most[blocks++].bits = m;
   }
-  widen(most, amax, b);
-  return largest < kInfinity;
+  widen(most, amax, blocks);
+  return max_magnitude(&most->bits, (blocks + 15) / 16) < kInfinity;
 }
 
 /// Returns whether every element is finite.
@@ -135,12 +136,12 @@ MOECORE_INLINE void store_codes(std::uint8_t* out, std::int64_t i, Vec y) {
 
 /// Columns from `i` (where a vector begins) to n, whatever they hold.
 template <bool e2m1, class T>
-void encode_rest(const T* x, std::int64_t i, std::int64_t n, std::int64_t block, const float* factor,
+void encode_rest(const T* x, std::int64_t i, std::int64_t n, int block_bits, const float* factor,
                  std::uint8_t* out) {
-  for (; i + W <= n; i += W) store_codes<e2m1>(out, i, load(x + i) * set(factor[i / block]));
+  for (; i + W <= n; i += W) store_codes<e2m1>(out, i, load(x + i) * set(factor[i >> block_bits]));
   if (i < n) {
     std::uint8_t last[W];
-    store_codes<e2m1>(last, 0, load_n(x + i, n - i) * set(factor[i / block]));
+    store_codes<e2m1>(last, 0, load_n(x + i, n - i) * set(factor[i >> block_bits]));
     // A nibble behind the last element is the code of a zero, but 0 * factor may be NaN.
     if (e2m1 && (n - i) % 2 == 1) last[(n - i) / 2] &= 0x0F;
     std::memcpy(out + (e2m1 ? i / 2 : i), last, static_cast<std::size_t>(e2m1 ? (n - i + 1) / 2 : n - i));
@@ -161,10 +162,10 @@ MOECORE_INLINE Words encode_pair(Vec a, Vec b, Vec f) {
 /// Columns of finite elements with factors that are finite and not negative: signs are put in among the
 /// packed words, and nothing looks for NaN. Returns the columns done.
 template <bool e2m1, class T>
-std::int64_t encode_finite(const T* x, std::int64_t n, std::int64_t block, const float* factor,
+std::int64_t encode_finite(const T* x, std::int64_t n, int block_bits, const float* factor,
                            std::uint8_t* out) {
   auto factor_at = [&](std::int64_t i) {
-    return block == 16 ? set_pair(factor + i / 16) : set(factor[i / block]);
+    return block_bits == 4 ? set_pair(factor + i / 16) : set(factor[i >> block_bits]);
   };
   auto encode = [&](std::int64_t i) {
     Vec a, b;
@@ -186,11 +187,13 @@ std::int64_t encode_finite(const T* x, std::int64_t n, std::int64_t block, const
 /// Codes of x * factor[i / block], where block is a power of two of at least 16.
 inline void quantize_encode(DType dtype, bool e2m1, bool finite, const void* x, std::int64_t n,
                             std::int64_t block, const float* factor, std::uint8_t* out) {
+  const int block_bits =
+      __builtin_ctzll(static_cast<unsigned long long>(block));  // a division would cost as much
   visit_instance(QuantizeTypes{}, dtype, [&]<DType d>() {
     const auto* values = static_cast<const Element<d>*>(x);
     auto run = [&]<bool fp4>() {
-      const std::int64_t done = finite ? encode_finite<fp4>(values, n, block, factor, out) : 0;
-      encode_rest<fp4>(values, done, n, block, factor, out);
+      const std::int64_t done = finite ? encode_finite<fp4>(values, n, block_bits, factor, out) : 0;
+      encode_rest<fp4>(values, done, n, block_bits, factor, out);
     };
     e2m1 ? run.template operator()<true>() : run.template operator()<false>();
   });

@@ -98,14 +98,13 @@ MOECORE_INLINE void store_nibbles(std::uint8_t* p, Words w, Words v) {
 }
 
 MOECORE_INLINE std::uint16_t max_magnitude(const std::uint16_t* p, std::int64_t n) {
-  const __m256i magnitude = _mm256_set1_epi16(0x7FFF);
-  __m256i most = _mm256_setzero_si256();
+  // 0x7FFF - magnitude, of which there is an instruction for the least of eight.
+  const __m256i largest = _mm256_set1_epi16(0x7FFF);
+  __m256i least = largest;
   for (std::int64_t i = 0; i < n; ++i) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
-    most = _mm256_max_epi16(most, _mm256_and_si256(x, magnitude));
+    least = _mm256_min_epi16(least, _mm256_andnot_si256(x, largest));
   }
-  const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  // The instruction finds the least of eight words.
-  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
-  return static_cast<std::uint16_t>(~_mm_cvtsi128_si32(least));
+  const __m128i eight = _mm_min_epi16(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
+  return static_cast<std::uint16_t>(0x7FFF - _mm_extract_epi16(_mm_minpos_epu16(eight), 0));
 }
