@@ -68,6 +68,11 @@ void Check::tensor(std::string_view arg, const TensorView& t, std::span<const DT
   for (DType d : dtypes) known = known || d == t.dtype;
   if (!known) fail_type(arg, t.describe(), "dtype " + list(dtypes));
   tensor(arg, t, ndim, access);
+  // A GPU faults on an element that straddles its alignment, and the fault outlives the call.
+  const auto element = static_cast<std::uintptr_t>(bit_width(t.dtype) + 7) / 8;
+  if (ctx_.device.type == DeviceType::kCUDA && reinterpret_cast<std::uintptr_t>(t.data) % element != 0)
+    fail(arg, t.describe() + " at a misaligned address",
+         "an address that is a multiple of " + std::to_string(element));
 }
 
 void Check::dim(std::string_view arg, const TensorView& t, int axis, std::int64_t expected,

@@ -21,8 +21,8 @@ class Check {
 
   Check(std::string_view op, const ExecContext& ctx) : op_(op), ctx_(ctx) {}
 
-  /// Device, element type, rank, dense last dimension, non-null data; for outputs also writable, with rows
-  /// that do not overlap.
+  /// Device, element type, rank, dense last dimension, non-null data, on CUDA elements at multiples of their
+  /// size; for outputs also writable, with rows that do not overlap.
   void tensor(std::string_view arg, const TensorView& t, std::span<const DType> dtypes, int ndim,
               Access access = Access::kIn) const;
   /// The same with any element type.

@@ -52,7 +52,9 @@ Tensor::Tensor(Device device, DType dtype, std::vector<std::int64_t> shape, cons
     for (int i = 0; i < view_.ndim; ++i) last += (view_.shape[i] - 1) * view_.strides[i];
     bytes = (static_cast<std::size_t>(last + 1) * static_cast<std::size_t>(bit_width(dtype)) + 7) / 8;
   }
-  begin_ = kCanaryBytes + place.byte_offset;
+  // Elements lie at multiples of their size, also where the place was meant for smaller ones.
+  const auto element = static_cast<std::size_t>(bit_width(dtype) + 7) / 8;
+  begin_ = kCanaryBytes + (place.byte_offset + element - 1) / element * element;
   memory_ = std::make_unique<DeviceMemory>(device, begin_ + bytes + kCanaryBytes);
   view_.data = memory_->data() + begin_;
   image_.assign(memory_->size(), kCanary);
