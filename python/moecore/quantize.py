@@ -63,8 +63,8 @@ def quantize(
     """Quantises rows x [R,H] f32|f16|bf16.
 
     `format` is a QuantFormat or its kind: "fp8_tensor", "fp8_tensor_static" (with `scale` f32 [1,1]),
-    "fp8_token", "fp8_block128", "nvfp4" (with `global_scale` f32 [1] or [E]), "mxfp8", "mxfp4". The output has
-    H rounded up to `multiple` columns, with zero codes and zero scales behind column H.
+    "fp8_token", "fp8_block128", "nvfp4" (with `global_scale` f32 [1] or [E]), "mxfp8", "mxfp4". The output
+    has H rounded up to `multiple` columns, with zero codes and zero scales behind column H.
 
     Per expert: `expert_offsets` i32 [E+1], and for swizzled layouts `scale_offsets` i32 [E+1]; rows from
     expert_offsets[E] on are not touched. Or `row_counts` i32 [E]: x is E equal groups of rows, of which the

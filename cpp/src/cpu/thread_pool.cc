@@ -139,8 +139,8 @@ class Pool {
 };
 
 // Leaked on purpose: detached workers may outlive static destruction. A forked child has no workers, so it
-// gets a fresh pool. Not std::call_once: it passes its function through a thread-local of libstdc++, which the
-// extension's static TLS model could not reach once another package has loaded that library.
+// gets a fresh pool. Not std::call_once: it passes its function through a thread-local of libstdc++, which
+// the extension's static TLS model could not reach once another package has loaded that library.
 Pool* g_pool = nullptr;
 
 Pool& pool() {
