@@ -192,20 +192,25 @@ __device__ __forceinline__ void activate_unit(const QuantizeArgs& args, const T*
       unit.values[e] = dev::from_f32<T>(e < n ? activate_plain<kKind>(unit[e], args.activation) : absent);
     return;
   }
-  // Gates and ups, or the two halves of the pairs.
-  const bool interleaved = args.order == GateOrder::kInterleaved,
-             gate_first = args.order == GateOrder::kGateUp;
-  Unit<T> first, second;
-  load_unit(x + (interleaved ? 2 * column : column), interleaved ? 2 * n : n, args.x_aligned, first);
-  load_unit(x + (interleaved ? 2 * column + kUnit : column + args.cols), interleaved ? 2 * n - kUnit : n,
-            args.x_aligned, second);
+  Unit<T> gate, up;
+  if (args.order == GateOrder::kInterleaved) {
+    Unit<T> pairs[2];
+    load_unit(x + 2 * column, 2 * n, args.x_aligned, pairs[0]);
+    load_unit(x + 2 * column + kUnit, 2 * n - kUnit, args.x_aligned, pairs[1]);
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      gate.values[e] = pairs[2 * e / kUnit].values[2 * e % kUnit];
+      up.values[e] = pairs[2 * e / kUnit].values[2 * e % kUnit + 1];
+    }
+  } else {
+    const bool gate_first = args.order == GateOrder::kGateUp;
+    load_unit(x + column + (gate_first ? 0 : args.cols), n, args.x_aligned, gate);
+    load_unit(x + column + (gate_first ? args.cols : 0), n, args.x_aligned, up);
+  }
 #pragma unroll
   for (int e = 0; e < kUnit; ++e) {
-    const Unit<T>& half = e < kUnit / 2 ? first : second;
-    const int pair = 2 * e % kUnit;
-    const float gate = interleaved ? half[pair] : gate_first ? first[e] : second[e];
-    const float up = interleaved ? half[pair + 1] : gate_first ? second[e] : first[e];
-    unit.values[e] = dev::from_f32<T>(e < n ? activate_gated<kKind>(gate, up, args.activation) : absent);
+    const float value = activate_gated<kKind>(gate[e], up[e], args.activation);
+    unit.values[e] = dev::from_f32<T>(e < n ? value : absent);
   }
 }
 
