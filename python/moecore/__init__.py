@@ -38,6 +38,15 @@ from moecore.ops import (
     transpose_experts,
     view_as,
 )
+from moecore.quantization import (
+    QuantFormat,
+    Quantized,
+    convert_scales,
+    dequantize,
+    expert_scale_rows,
+    global_scale,
+    quantize,
+)
 
 BackendError.__module__ = "moecore"
 __version__: str = _core.version()
@@ -47,16 +56,22 @@ __all__ = [
     "BackendError",
     "Experts",
     "Plan",
+    "QuantFormat",
+    "Quantized",
     "__version__",
     "activate",
     "cmake_dir",
+    "convert_scales",
     "cpu_features",
     "cuda_archs",
+    "dequantize",
+    "expert_scale_rows",
     "explain",
     "finalize",
     "fused_experts",
     "fused_experts_workspace_bytes",
     "get_num_threads",
+    "global_scale",
     "grouped_gemm",
     "grouped_gemm_workspace_bytes",
     "include_dir",
@@ -65,6 +80,7 @@ __all__ = [
     "permute",
     "plan",
     "plan_workspace_bytes",
+    "quantize",
     "release_scratch",
     "route",
     "set_num_threads",

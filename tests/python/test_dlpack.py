@@ -156,12 +156,14 @@ def test_read_only_inputs_are_read_and_outputs_refused() -> None:
 
 def test_jax_arrays_are_inputs_only() -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed")
-    x = jax.numpy.arange(12.0).reshape(3, 4)
-    out = moecore.shuffle_rows(x, jax.numpy.asarray(MAP))
+    cpu = jax.devices("cpu")[0]
+    x = jax.device_put(np.arange(12.0, dtype=np.float32).reshape(3, 4), cpu)
+    out = moecore.shuffle_rows(x, jax.device_put(MAP, cpu))
     assert isinstance(out, jax.Array)
+    assert out.devices() == {cpu}
     np.testing.assert_array_equal(out, moved(np.asarray(x)))
     with pytest.raises(ValueError, match="read-only"):
-        moecore.shuffle_rows(x, MAP, out=jax.numpy.zeros((3, 4)))
+        moecore.shuffle_rows(x, MAP, out=jax.device_put(np.zeros((3, 4), np.float32), cpu))
     with pytest.raises(TypeError, match="tracer"):
         jax.jit(lambda y: moecore.shuffle_rows(y, MAP))(x)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import moecore
 import numpy as np
 import pytest
-from moecore.quantize import (
+from moecore import (
     QuantFormat,
     convert_scales,
     dequantize,
@@ -129,7 +129,7 @@ def test_flashinfer_names() -> None:
 
 
 def test_vllm_names() -> None:
-    from moecore.compat import _vllm_quant as v
+    from moecore.compat import vllm as v
 
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(6)).bfloat16()
     data, scales = v.scaled_fp4_quant(x, torch.tensor([50.0]))

@@ -185,6 +185,10 @@ def test_bf16_logits_are_as_close_to_f32_as_grouped_mm(name):
     assert squares["moecore"] ** 0.5 <= 1.01 * max(squares["eager"], squares["grouped_mm"]) ** 0.5
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="before torch 2.13 assume_constant_result takes no module as an argument",
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_without_graph_breaks(name):
     model = build(name)

@@ -12,7 +12,7 @@ import enum
 import torch
 from torch import Tensor
 
-from moecore.quantize import QuantFormat, quantize
+from moecore.quantization import QuantFormat, quantize
 
 _E4M3 = torch.float8_e4m3fn
 

@@ -11,6 +11,20 @@ from torch import Tensor
 
 import moecore
 from moecore.compat import _shared
+from moecore.compat._vllm_quantization import (
+    dynamic_per_token_scaled_fp8_quant,
+    dynamic_scaled_fp8_quant,
+    mxfp4_experts_quant,
+    per_token_group_fp8_quant,
+    scaled_fp4_experts_quant,
+    scaled_fp4_quant,
+    silu_and_mul,
+    silu_and_mul_mxfp4_experts_quant,
+    silu_and_mul_per_block_quant,
+    silu_and_mul_scaled_fp4_experts_quant,
+    static_scaled_fp8_quant,
+    swigluoai_and_mul,
+)
 
 
 def topk_softmax(
@@ -229,3 +243,28 @@ def moe_align_block_size(
     _shared.align_block_size(
         topk_ids, num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad, expert_map
     )
+
+
+__all__ = [
+    "dynamic_per_token_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "get_cutlass_moe_mm_data",
+    "grouped_topk",
+    "moe_align_block_size",
+    "moe_permute",
+    "moe_sum",
+    "moe_unpermute",
+    "mxfp4_experts_quant",
+    "per_token_group_fp8_quant",
+    "scaled_fp4_experts_quant",
+    "scaled_fp4_quant",
+    "shuffle_rows",
+    "silu_and_mul",
+    "silu_and_mul_mxfp4_experts_quant",
+    "silu_and_mul_per_block_quant",
+    "silu_and_mul_scaled_fp4_experts_quant",
+    "static_scaled_fp8_quant",
+    "swigluoai_and_mul",
+    "topk_sigmoid",
+    "topk_softmax",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moecore
-from moecore.quantize import QuantFormat, Quantized, quantize
+from moecore.quantization import QuantFormat, Quantized, quantize
 
 _SWIZZLED, _LINEAR, _SMALL = "swizzled_128x4", "linear", "swizzled_8x4"
 _E4M3 = torch.float8_e4m3fn
