@@ -55,10 +55,14 @@ def run(model: str, tokens: int, dtype: str, device: str, scale: float, threads:
     )
     with _Progress("measuring what this machine can do"):
         roof = moecore.measure_roof(arrays.device)
-    roof_flops = roof.f32_flop_per_s if dtype == "f32" else max(roof.bf16_flop_per_s, roof.f32_flop_per_s)
+    # A device whose 16-bit matrix rate is not measured is held against its f32 rate.
+    roof_dtype = dtype if dtype != "f32" and roof.bf16_flop_per_s > 0 else "f32"
+    roof_flops = (
+        roof.f32_flop_per_s if roof_dtype == "f32" else max(roof.bf16_flop_per_s, roof.f32_flop_per_s)
+    )
     print(
         f"measured roof: {roof.read_bytes_per_s / 1e9:.1f} GB/s read, "
-        f"{roof_flops / 1e9:.0f} GFLOP/s {dtype}\n"
+        f"{roof_flops / 1e9:.0f} GFLOP/s {roof_dtype}\n"
     )
 
     data = _Data(layer, tokens, dtype, arrays)
