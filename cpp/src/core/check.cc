@@ -23,30 +23,21 @@ bool overlaps_itself(const TensorView& t) {
   return false;
 }
 
+std::string message(std::string_view op, std::string_view arg, std::string_view actual,
+                    std::string_view expected) {
+  std::string text(op);
+  text.append(": ").append(arg).append(" is ").append(actual).append(", expected ").append(expected);
+  return text;
+}
+
 }  // namespace
 
 void Check::fail(std::string_view arg, std::string_view actual, std::string_view expected) const {
-  std::string text;
-  text.append(op_)
-      .append(": ")
-      .append(arg)
-      .append(" is ")
-      .append(actual)
-      .append(", expected ")
-      .append(expected);
-  throw InvalidArgument(text);
+  throw InvalidArgument(message(op_, arg, actual, expected));
 }
 
 void Check::fail_type(std::string_view arg, std::string_view actual, std::string_view expected) const {
-  std::string text;
-  text.append(op_)
-      .append(": ")
-      .append(arg)
-      .append(" is ")
-      .append(actual)
-      .append(", expected ")
-      .append(expected);
-  throw InvalidType(text);
+  throw InvalidType(message(op_, arg, actual, expected));
 }
 
 void Check::tensor(std::string_view arg, const TensorView& t, int ndim, Access access) const {

@@ -35,22 +35,6 @@ std::int64_t element_bytes(DType dtype) {
   return bit_width(dtype) / 8;
 }
 
-numeric::PowerOfTwoRule power_of_two_rule(const QuantFormat& f) {
-  if (f.kind == QuantKind::kMxfp4) {
-    switch (f.mxfp4_rounding) {
-      case Mxfp4Rounding::kUp:
-        return numeric::kScaleBy6Up;
-      case Mxfp4Rounding::kNearest175:
-        return numeric::kScaleBy6Nearest;
-      case Mxfp4Rounding::kFloor:
-        return numeric::kScaleBy6Floor;
-    }
-  }
-  numeric::PowerOfTwoRule rule = numeric::kScaleBy448;
-  if (f.kind == QuantKind::kFp8) rule.lowest = 127 - 33;
-  return rule;
-}
-
 /// fp8's clamp of amax; NaN becomes the floor.
 float clamp_amax(const QuantFormat& f, float amax) {
   return std::min(amax > f.amax_floor ? amax : f.amax_floor, f.amax_cap);

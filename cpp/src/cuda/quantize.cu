@@ -36,22 +36,6 @@ Encoding encoding_of(const QuantFormat& f) {
   }
 }
 
-numeric::PowerOfTwoRule power_of_two_rule(const QuantFormat& f) {
-  if (f.kind == QuantKind::kMxfp4) {
-    switch (f.mxfp4_rounding) {
-      case Mxfp4Rounding::kUp:
-        return numeric::kScaleBy6Up;
-      case Mxfp4Rounding::kNearest175:
-        return numeric::kScaleBy6Nearest;
-      case Mxfp4Rounding::kFloor:
-        return numeric::kScaleBy6Floor;
-    }
-  }
-  numeric::PowerOfTwoRule rule = numeric::kScaleBy448;
-  if (f.kind == QuantKind::kFp8) rule.lowest = 127 - 33;
-  return rule;
-}
-
 /// Blocks of a row whose scales are stored: with scales in words, up to the end of the last word.
 std::int64_t stored_blocks(const ScaleRef& s) {
   const bool words = s.bytes == 1 && s.layout != ScaleLayout::kLinear;

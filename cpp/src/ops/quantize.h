@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "core/numeric.h"
 #include "core/table.h"
 #include "moecore/quantize.h"
 #include "ops/backend.h"
@@ -22,6 +23,23 @@ constexpr std::int64_t scale_row_multiple(ScaleLayout layout) {
 }
 constexpr bool is_swizzled(ScaleLayout layout) {
   return scale_row_multiple(layout) > 1;
+}
+
+/// How a format with power-of-two scales rounds a block's amax to one.
+inline numeric::PowerOfTwoRule power_of_two_rule(const QuantFormat& f) {
+  if (f.kind == QuantKind::kMxfp4) {
+    switch (f.mxfp4_rounding) {
+      case Mxfp4Rounding::kUp:
+        return numeric::kScaleBy6Up;
+      case Mxfp4Rounding::kNearest175:
+        return numeric::kScaleBy6Nearest;
+      case Mxfp4Rounding::kFloor:
+        return numeric::kScaleBy6Floor;
+    }
+  }
+  numeric::PowerOfTwoRule rule = numeric::kScaleBy448;
+  if (f.kind == QuantKind::kFp8) rule.lowest = 127 - 33;
+  return rule;
 }
 
 /// The scales of one call.
