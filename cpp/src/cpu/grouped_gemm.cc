@@ -15,6 +15,7 @@
 #include "cpu/gemm/kernels.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
+#include "moecore/error.h"
 
 namespace moecore::cpu {
 namespace {
@@ -160,11 +161,13 @@ std::int64_t list_panels(const GroupedGemmProblem& p, Panel* panels) {
 }  // namespace
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t, std::int64_t,
-                                         std::int64_t num_experts, DType) {
+                                         std::int64_t num_experts, DType, FormPair) {
   return static_cast<std::size_t>(max_panels(rows, num_experts)) * sizeof(Panel);
 }
 
 void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  if (p.weight_scales.form != OperandForm::kFloat)
+    throw Unsupported("grouped_gemm: the CPU engine multiplies f32, f16 and bf16");
   const gemm::Kernel& kernel = kernel_for(p.dtype);
   const bool gated = p.activation && p.activation->gated();
   const std::int64_t out_cols = gated ? p.n / 2 : p.n;

@@ -7,14 +7,108 @@
 
 #include "core/table.h"
 #include "moecore/activate.h"
+#include "moecore/grouped_gemm.h"
 #include "ops/backend.h"
 
 namespace moecore {
 
 using GroupedGemmTypes = FloatTypes;  // of x, weights and out
 
+/// What the elements of an operand stand for.
+enum class OperandForm : std::uint8_t {
+  kFloat,  // themselves
+  kFp8Tensor,
+  kFp8Token,  // a scale for each row of x, for each output channel of weights
+  kFp8Block128,
+  kMxfp8,
+  kNvfp4,
+  kMxfp4,
+};
+
+struct FormPair {
+  OperandForm x = OperandForm::kFloat, weights = OperandForm::kFloat;
+  friend constexpr bool operator==(const FormPair&, const FormPair&) = default;
+};
+
+/// The pairs of forms that can be multiplied.
+using GemmForms = Table<
+    FormPair{OperandForm::kFloat, OperandForm::kFloat},
+    FormPair{OperandForm::kFloat, OperandForm::kFp8Tensor},
+    FormPair{OperandForm::kFloat, OperandForm::kFp8Token},
+    FormPair{OperandForm::kFloat, OperandForm::kFp8Block128},
+    FormPair{OperandForm::kFloat, OperandForm::kNvfp4}, FormPair{OperandForm::kFloat, OperandForm::kMxfp4},
+    FormPair{OperandForm::kFp8Tensor, OperandForm::kFp8Tensor},
+    FormPair{OperandForm::kFp8Tensor, OperandForm::kFp8Token},
+    FormPair{OperandForm::kFp8Token, OperandForm::kFp8Tensor},
+    FormPair{OperandForm::kFp8Token, OperandForm::kFp8Token},
+    FormPair{OperandForm::kFp8Block128, OperandForm::kFp8Block128},
+    FormPair{OperandForm::kMxfp8, OperandForm::kNvfp4}, FormPair{OperandForm::kMxfp8, OperandForm::kMxfp4},
+    FormPair{OperandForm::kNvfp4, OperandForm::kNvfp4}, FormPair{OperandForm::kNvfp4, OperandForm::kMxfp4}>;
+
+constexpr OperandForm operand_form(const QuantFormat& f) {
+  switch (f.kind) {
+    case QuantKind::kFp8:
+      return f.granularity == Granularity::kTensor  ? OperandForm::kFp8Tensor
+             : f.granularity == Granularity::kToken ? OperandForm::kFp8Token
+                                                    : OperandForm::kFp8Block128;
+    case QuantKind::kNvfp4:
+      return OperandForm::kNvfp4;
+    case QuantKind::kMxfp8:
+      return OperandForm::kMxfp8;
+    case QuantKind::kMxfp4:
+      break;
+  }
+  return OperandForm::kMxfp4;
+}
+
+/// Columns that share a scale; 0 for all of them.
+constexpr int block_cols(OperandForm form) {
+  switch (form) {
+    case OperandForm::kFp8Block128:
+      return 128;
+    case OperandForm::kMxfp8:
+    case OperandForm::kMxfp4:
+      return 32;
+    case OperandForm::kNvfp4:
+      return 16;
+    default:
+      return 0;
+  }
+}
+
+/// Bits of one element of an operand of `form` whose floats are `dtype`.
+constexpr int element_bits(OperandForm form, DType dtype) {
+  switch (form) {
+    case OperandForm::kFloat:
+      return bit_width(dtype);
+    case OperandForm::kNvfp4:
+    case OperandForm::kMxfp4:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+/// The scale of element (e, row, col) of an operand stands at byte
+///   e * expert_pitch + row / block_rows * row_pitch + col / block_cols(form) * col_pitch
+/// where a pitch of 0 says that all share one.
+struct OperandScalesRef {
+  OperandForm form = OperandForm::kFloat;
+  const std::byte* data = nullptr;
+  DType dtype = DType::kF32;  // f32, e8m0, e4m3
+  std::int64_t expert_pitch = 0;
+  std::int64_t row_pitch = 0;
+  std::int64_t col_pitch = 0;
+  int block_rows = 1;                    // 128 for fp8 block128 weights
+  const float* global_scale = nullptr;   // nvfp4: g, or none: 1
+  bool global_scale_per_expert = false;  // weights only
+};
+
 struct GroupedGemmProblem {
-  DType dtype = DType::kF32;
+  DType dtype = DType::kF32;  // of out, and of every operand whose form is kFloat
+  OperandScalesRef x_scales{};
+  OperandScalesRef weight_scales{};
+  // Strides of operands count elements, e2m1 too; a row of e2m1 starts at a byte.
   const void* x = nullptr;  // [x_rows, K]
   std::int64_t x_rows = 0;
   std::int64_t x_stride = 0;
@@ -41,12 +135,12 @@ struct GroupedGemmProblem {
 namespace cpu {
 BackendFn<GroupedGemmProblem> grouped_gemm;
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
-                                         std::int64_t num_experts, DType dtype);
+                                         std::int64_t num_experts, DType dtype, FormPair forms);
 }  // namespace cpu
 namespace cuda {
 BackendFn<GroupedGemmProblem> grouped_gemm;
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
-                                         std::int64_t num_experts, DType dtype);
+                                         std::int64_t num_experts, DType dtype, FormPair forms);
 }  // namespace cuda
 
 }  // namespace moecore

@@ -17,17 +17,6 @@ constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) {
 
 using ByteTypes = Table<DType::kU8, DType::kE8M0, DType::kE4M3>;
 
-/// `t` read as elements of `dtype` when it came as bytes.
-TensorView as_codes(TensorView t, DType dtype) {
-  if (t.dtype != DType::kU8) return t;
-  t.dtype = dtype;
-  if (dtype == DType::kE2M1 && t.ndim > 0) {
-    t.shape[t.ndim - 1] *= 2;
-    for (int i = 0; i + 1 < t.ndim; ++i) t.strides[i] *= 2;
-  }
-  return t;
-}
-
 std::int64_t scale_cols(const QuantFormat& format, std::int64_t cols) {
   return format.block() == 0 ? 1 : ceil_div(cols, format.block());
 }

@@ -25,6 +25,17 @@ constexpr bool is_swizzled(ScaleLayout layout) {
   return scale_row_multiple(layout) > 1;
 }
 
+/// `t` read as elements of `dtype` when it came as bytes.
+inline TensorView as_codes(TensorView t, DType dtype) {
+  if (t.dtype != DType::kU8) return t;
+  t.dtype = dtype;
+  if (dtype == DType::kE2M1 && t.ndim > 0) {
+    t.shape[t.ndim - 1] *= 2;
+    for (int i = 0; i + 1 < t.ndim; ++i) t.strides[i] *= 2;
+  }
+  return t;
+}
+
 /// How a format with power-of-two scales rounds a block's amax to one.
 inline numeric::PowerOfTwoRule power_of_two_rule(const QuantFormat& f) {
   if (f.kind == QuantKind::kMxfp4) {

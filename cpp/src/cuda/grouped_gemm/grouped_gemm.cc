@@ -96,8 +96,8 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
 }
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
-                                         std::int64_t num_experts, DType dtype) {
-  if (dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;
+                                         std::int64_t num_experts, DType dtype, FormPair forms) {
+  if (forms != FormPair{} || dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;
   // Whether the tiles can be cut along K does not depend on the number of SMs.
   const sm90::Policy policy = sm90::select_policy(rows, num_experts, n, k, 1);
   return policy.tiles().stream_k ? sm90::StreamK::kBytes : 0;

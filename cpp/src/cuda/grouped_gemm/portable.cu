@@ -268,6 +268,7 @@ int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
 }
 
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&) {
+  if (p.weight_scales.form != OperandForm::kFloat) return "it takes f32, f16 and bf16";
   return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
 }
 

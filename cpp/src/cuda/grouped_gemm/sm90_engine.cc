@@ -21,6 +21,7 @@ bool gated(const GroupedGemmProblem& p) {
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device) {
   auto aligned = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
   const std::int64_t columns = gated(p) ? p.n / 2 : p.n;
+  if (p.weight_scales.form != OperandForm::kFloat) return "it takes bf16 and f16";
   if (!MOECORE_HAS_SM90) return "this build has no code for sm_90a";
   if (device.compute_capability != 90) return "it needs compute capability 9.0";
   if (p.dtype == DType::kF32) return "it takes bf16 and f16";
