@@ -22,7 +22,7 @@ namespace [[gnu::visibility("default")]] moecore {
 ///
 /// Counts of blocks are rounded up. Byte-sized scales may come as u8, and stand in the linear layout
 /// (convert_scales() brings swizzled ones there). Weights are in the order of published checkpoints: fp4
-/// packs two elements to the byte, the even column in the low nibble.
+/// packs two elements to the byte, the even column in the low nibble, so K and row strides are even.
 struct OperandScales {
   QuantFormat format;
   TensorView scales;

@@ -10,12 +10,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "cpu/explain.h"
 #include "cpu/gemm/kernels.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
-#include "moecore/error.h"
 
 namespace moecore::cpu {
 namespace {
@@ -30,6 +30,25 @@ constexpr int kPitch = kMaxBlockCols + 16;  // of a block's results; vectors may
 struct Panel {
   std::int32_t expert, first_row, rows;
 };
+
+// The codes of an operand of expert `e`.
+gemm::Codes codes_of(const OperandScalesRef& s, std::int64_t e) {
+  return {.e2m1 = element_bits(s.form, DType::kF32) == 4,
+          .block = block_cols(s.form),
+          .scale_dtype = s.dtype,
+          .scales = s.data + e * s.expert_pitch,
+          .row_pitch = s.row_pitch,
+          .col_pitch = s.col_pitch,
+          .block_rows = s.block_rows};
+}
+
+// The factor that the form leaves to the whole row: its scale, where it has one, and 1 / g.
+float row_factor(const OperandScalesRef& s, std::int64_t e, std::int64_t row) {
+  float factor = 1;
+  if (s.form == OperandForm::kFp8Tensor || s.form == OperandForm::kFp8Token)
+    std::memcpy(&factor, s.data + e * s.expert_pitch + row * s.row_pitch, sizeof factor);
+  return s.global_scale ? 1 / s.global_scale[s.global_scale_per_expert ? e : 0] : factor;
+}
 
 const gemm::Kernel& kernel_for(DType dtype) {
   static const gemm::KernelTable& table = []() -> const gemm::KernelTable& {
@@ -52,6 +71,18 @@ const gemm::Kernel& kernel_for(DType dtype) {
   return dtype == DType::kF32 ? table.f32 : dtype == DType::kF16 ? table.f16 : table.bf16;
 }
 
+// The kernel of a problem: of the output's type, with the product that reads the operands.
+gemm::Kernel kernel_for(const GroupedGemmProblem& p) {
+  gemm::Kernel kernel = kernel_for(p.dtype);
+  if (p.weight_scales.form == OperandForm::kFloat) return kernel;
+  const bool coded_x = p.x_scales.form != OperandForm::kFloat;
+  kernel.name = "codes as f32 dot products";
+  kernel.product = kernel_for(coded_x ? DType::kF32 : p.dtype).decoded_product;
+  kernel.max_rows = gemm::kBlockRows;
+  kernel.max_cols = gemm::kBlockCols;
+  return kernel;
+}
+
 std::int64_t max_panels(std::int64_t rows, std::int64_t num_experts) {
   return std::min(rows, num_experts) + rows / kPanelRows;
 }
@@ -64,15 +95,17 @@ struct Task {
   std::int64_t first_col;
   int cols;
 
-  std::int64_t element_bytes() const { return bit_width(p.dtype) / 8; }
+  std::int64_t out_bytes() const { return bit_width(p.dtype) / 8; }
+  std::int64_t x_bits() const { return element_bits(p.x_scales.form, p.dtype); }
+  std::int64_t weight_bits() const { return element_bits(p.weight_scales.form, p.dtype); }
   GateOrder order() const { return p.activation ? p.activation->order : GateOrder::kPlain; }
 
   // The task's weight rows: one run, or as many of each half. Their order is that of the results in a block.
   std::array<gemm::WeightRows, 2> weight_rows() const {
     const std::byte* base =
-        static_cast<const std::byte*>(p.weights) + panel.expert * p.weight_expert_stride * element_bytes();
+        static_cast<const std::byte*>(p.weights) + panel.expert * p.weight_expert_stride * weight_bits() / 8;
     auto run = [&](std::int64_t row, int rows) {
-      return gemm::WeightRows{base + row * p.weight_row_stride * element_bytes(), rows};
+      return gemm::WeightRows{base + row * p.weight_row_stride * weight_bits() / 8, rows, row};
     };
     switch (order()) {
       case GateOrder::kPlain:
@@ -104,39 +137,58 @@ struct Task {
   }
 
   void run() const {
-    alignas(64) float c[kMaxBlockRows * kPitch], bias[kPitch], row_weights[kMaxBlockRows + 16];
-    const std::byte* x[kMaxBlockRows];
+    alignas(64) float c[kMaxBlockRows * kPitch], bias[kPitch], col_scales[kPitch],
+        row_factors[kMaxBlockRows + 16];
+    const std::byte *x[kMaxBlockRows], *x_scales[kMaxBlockRows];
+    const bool coded_weights = p.weight_scales.form != OperandForm::kFloat,
+               coded_x = p.x_scales.form != OperandForm::kFloat;
+    const gemm::Codes w_codes = codes_of(p.weight_scales, panel.expert), x_codes = codes_of(p.x_scales, 0);
     gemm::Product product{.x = x,
                           .w = weight_rows(),
-                          .w_pitch = p.weight_row_stride * element_bytes(),
+                          .w_pitch = p.weight_row_stride * weight_bits() / 8,
                           .depth = p.k,
                           .c = c,
-                          .c_pitch = kPitch};
+                          .c_pitch = kPitch,
+                          .w_codes = coded_weights ? &w_codes : nullptr,
+                          .x_codes = coded_x ? &x_codes : nullptr,
+                          .x_scales = x_scales};
     gemm::Finish finish{.c = c,
                         .width = product.w[0].rows + product.w[1].rows,
                         .c_pitch = kPitch,
                         .activation = p.activation ? &*p.activation : nullptr,
-                        .out_pitch = p.out_stride * element_bytes()};
+                        .out_pitch = p.out_stride * out_bytes()};
+    if (coded_weights && w_codes.block == 0) {
+      float* to = col_scales;
+      for (const gemm::WeightRows& run : product.w)
+        for (int n = 0; n < run.rows; ++n) *to++ = row_factor(p.weight_scales, panel.expert, run.first + n);
+      finish.col_scales = col_scales;
+    }
+    // 1 / g of the weights, which all of a row shares, goes with the row.
+    const float weight_factor = w_codes.block ? row_factor(p.weight_scales, panel.expert, 0) : 1;
     if (p.bias) {
       read_bias(bias);
       finish.bias = bias;
     }
+    if (p.row_weights || coded_x || weight_factor != 1) finish.row_weights = row_factors;
     const std::int64_t end = panel.first_row + panel.rows;
     for (std::int64_t row = panel.first_row; row < end; row += kernel.max_rows) {
       const int rows = static_cast<int>(std::min<std::int64_t>(kernel.max_rows, end - row));
-      for (int i = 0; i < rows; ++i) {
-        const std::int64_t from = p.row_token ? p.row_token[row + i] : row + i;
-        x[i] = static_cast<const std::byte*>(p.x) + from * p.x_stride * element_bytes();
-      }
-      product.rows = finish.rows = rows;
-      kernel.product(product);
       if (p.row_weights) {
         const std::int64_t bytes = bit_width(p.row_weight_dtype) / 8;
         kernel_for(p.row_weight_dtype)
-            .widen(static_cast<const std::byte*>(p.row_weights) + row * bytes, row_weights, rows);
-        finish.row_weights = row_weights;
+            .widen(static_cast<const std::byte*>(p.row_weights) + row * bytes, row_factors, rows);
+      } else {
+        std::fill_n(row_factors, rows, 1.0f);
       }
-      finish.out = static_cast<std::byte*>(p.out) + (row * p.out_stride + first_col) * element_bytes();
+      for (int i = 0; i < rows; ++i) {
+        const std::int64_t from = p.row_token ? p.row_token[row + i] : row + i;
+        x[i] = static_cast<const std::byte*>(p.x) + from * p.x_stride * x_bits() / 8;
+        x_scales[i] = x_codes.scales_of(from);
+        row_factors[i] *= weight_factor * row_factor(p.x_scales, 0, from);
+      }
+      product.rows = finish.rows = rows;
+      kernel.product(product);
+      finish.out = static_cast<std::byte*>(p.out) + (row * p.out_stride + first_col) * out_bytes();
       kernel.finish(finish);
     }
   }
@@ -166,9 +218,7 @@ std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t, std::i
 }
 
 void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
-  if (p.weight_scales.form != OperandForm::kFloat)
-    throw Unsupported("grouped_gemm: the CPU engine multiplies f32, f16 and bf16");
-  const gemm::Kernel& kernel = kernel_for(p.dtype);
+  const gemm::Kernel kernel = kernel_for(p);
   const bool gated = p.activation && p.activation->gated();
   const std::int64_t out_cols = gated ? p.n / 2 : p.n;
   const int threads = threads_for(ctx, max_panels(p.num_rows, p.num_experts) * out_cols);

@@ -108,10 +108,14 @@ TensorView check_operand(const Check& check, std::string_view arg, const TensorV
   const DType types[] = {codes, DType::kU8};
   check.tensor(arg, t, types, ndim);
   const TensorView elements = as_codes(t, codes);
-  if (codes == DType::kE2M1)
+  if (codes == DType::kE2M1) {
+    check.that(elements.shape[ndim - 1] % 2 == 0,
+               std::string(arg) + ".shape[" + std::to_string(ndim - 1) + "]", elements.shape[ndim - 1],
+               "an even number of e2m1 elements");
     for (int i = 0; i < ndim - 1; ++i)
       check.that(elements.strides[i] % 2 == 0, std::string(arg) + ".strides", elements.strides[i],
                  "an even number of e2m1 elements");
+  }
   return elements;
 }
 

@@ -365,8 +365,8 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
         }
         // Any order of K f32 multiply-adds: at most K+1 roundings of partial sums no larger than `absolute`;
         // operands or products below the normal range may be flushed.
-        double error =
-            kF32Roundoff * static_cast<double>(depth + 1) * absolute + 0x1p-126 * static_cast<double>(depth);
+        double error = kF32Roundoff * static_cast<double>(depth + 1 + spec.scale_roundings) * absolute +
+                       0x1p-126 * static_cast<double>(depth);
         if (spec.row_weights) {
           const double w = (*spec.row_weights)[r];
           error = (error + kF32Roundoff * std::fabs(sum)) * std::fabs(w);

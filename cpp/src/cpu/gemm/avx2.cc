@@ -28,12 +28,14 @@ inline constexpr bool kFusedMultiplyAdd = true;
 constexpr int tile_cols(int rows) {
   return rows <= 2 ? 4 : 3;
 }
+#include "cpu/gemm/decode.inl"
+//
 #include "cpu/gemm/dot.inl"
 #include "cpu/gemm/finish.inl"
 
 template <class T>
 constexpr Kernel make_kernel(const char* name) {
-  return {name, dot_product<Widened<T, 4>>, finish<T>, widen_elements<T>};
+  return {name, dot_product<Widened<T, 4>>, dot_product<Decoded<T, 4>>, finish<T>, widen_elements<T>};
 }
 
 }  // namespace

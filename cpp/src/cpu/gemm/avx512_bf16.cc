@@ -29,6 +29,8 @@ inline constexpr bool kFusedMultiplyAdd = true;
 constexpr int tile_cols(int rows) {
   return rows <= 4 ? 6 : rows <= 6 ? 4 : 3;
 }
+#include "cpu/gemm/decode.inl"
+//
 #include "cpu/gemm/dot.inl"
 #include "cpu/gemm/finish.inl"
 
@@ -50,8 +52,8 @@ MOECORE_TARGET_END
 const KernelTable& avx512_bf16_kernels() {
   static const KernelTable table = [] {
     KernelTable t = avx512_kernels();
-    t.bf16 = {"bf16 dot products", avx512_bf16::dot_product<avx512_bf16::Pairs>, avx512_bf16::finish<BF16>,
-              avx512_bf16::widen_elements<BF16>};
+    t.bf16.name = "bf16 dot products";
+    t.bf16.product = avx512_bf16::dot_product<avx512_bf16::Pairs>;
     return t;
   }();
   return table;

@@ -16,23 +16,39 @@
 //   kStep: elements in an operand; kXBytes, kWBytes: bytes of one element
 //   x(p), w(p): the operand at p; zero(); multiply_add(x, w, sum); add_lanes(sum)
 //   kRows, cols(rows): the shapes of tiles whose sums stay in registers
+//   kDecodes: weights are codes, and w reads what decode.inl makes of a tile's; x may be codes as well
 
 inline constexpr std::int64_t kPanelBytes = 128 * 1024;  // kBlockRows x kSumDepth of f32
 
-// panel[step * rows + i] = operand of row i.
+// to[step * rows] = operand of `depth` elements at `from`.
 template <class P>
-void pack_rows(const std::byte* const* x, int rows, std::int64_t first, std::int64_t depth,
-               typename P::Operand* panel) {
+void pack_row(const std::byte* from, std::int64_t depth, int rows, typename P::Operand* to) {
   const std::int64_t steps = depth / P::kStep, rest = depth % P::kStep;
+  for (std::int64_t s = 0; s < steps; ++s, from += P::kStep * P::kXBytes, to += rows) *to = P::x(from);
+  if (rest > 0) {
+    std::byte padded[P::kStep * P::kXBytes] = {};
+    std::memcpy(padded, from, static_cast<std::size_t>(rest * P::kXBytes));
+    *to = P::x(padded);
+  }
+}
+
+// panel[step * rows + i] = operand of row row0 + i.
+template <class P>
+void pack_rows(const Product& p, int row0, int rows, std::int64_t first, std::int64_t depth,
+               typename P::Operand* panel) {
   for (int i = 0; i < rows; ++i) {
-    const std::byte* from = x[i] + first * P::kXBytes;
-    typename P::Operand* to = panel + i;
-    for (std::int64_t s = 0; s < steps; ++s, from += P::kStep * P::kXBytes, to += rows) *to = P::x(from);
-    if (rest > 0) {
-      std::byte padded[P::kStep * P::kXBytes] = {};
-      std::memcpy(padded, from, static_cast<std::size_t>(rest * P::kXBytes));
-      *to = P::x(padded);
+    if constexpr (P::kDecodes && P::kXBytes == sizeof(float)) {
+      if (p.x_codes) {
+        alignas(64) float decoded[kDecodedDepth];
+        for (std::int64_t k = 0; k < depth; k += kDecodedDepth) {
+          const std::int64_t n = std::min(kDecodedDepth, depth - k);
+          decode_row(*p.x_codes, p.x[row0 + i], p.x_scales[row0 + i], first + k, n, decoded);
+          pack_row<P>(reinterpret_cast<const std::byte*>(decoded), n, rows, panel + k / P::kStep * rows + i);
+        }
+        continue;
+      }
     }
+    pack_row<P>(p.x[row0 + i] + first * P::kXBytes, depth, rows, panel + i);
   }
 }
 
@@ -133,7 +149,7 @@ void dot_groups(const Panel<P>& x, std::int64_t step, const Tile& tile, std::int
     else if (group > 0)
       dot_tile<P, kRows, kCols, false>(from, tile, depth, fresh, to, c_pitch);
     else
-      dot_tile<P, kRows, kCols, true>(from, tile, depth, fresh, to, c_pitch);
+      dot_tile<P, kRows, kCols, !P::kDecodes>(from, tile, depth, fresh, to, c_pitch);
   }
 }
 
@@ -141,31 +157,42 @@ void dot_groups(const Panel<P>& x, std::int64_t step, const Tile& tile, std::int
 // tiles walk down kCols streams of consecutive addresses, which is how the hardware's prefetchers are
 // fastest.
 template <class P, int kRows>
-void dot_run(const Panel<P>& x, const WeightRows& run, std::int64_t w_pitch, std::int64_t start,
-             std::int64_t packed, float* c, int c_pitch) {
+void dot_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
+             std::int64_t packed, float* c) {
   constexpr int kCols = P::cols(kRows);
+  constexpr std::int64_t kDepth = P::kDecodes ? kDecodedDepth : kSumDepth;
   const int tiles = run.rows / kCols;
   for (int t = 0; t < tiles + run.rows % kCols; ++t) {
     const bool full = t < tiles;
     const int col = full ? t : kCols * tiles + (t - tiles);
-    for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth) {
-      const Tile tile{run.data + col * w_pitch + (start + first) * P::kWBytes, tiles * w_pitch, w_pitch,
-                      tiles};
-      const auto multiply = full ? dot_groups<P, kRows, kCols> : dot_groups<P, kRows, 1>;
-      multiply(x, first / P::kStep, tile, std::min(kSumDepth, packed - first), start + first == 0, c + col,
-               c_pitch);
+    const std::byte* w = run.data + col * p.w_pitch;
+    const auto multiply = full ? dot_groups<P, kRows, kCols> : dot_groups<P, kRows, 1>;
+    for (std::int64_t first = 0; first == 0 || first < packed; first += kDepth) {
+      const std::int64_t depth = std::min(kDepth, packed - first);
+      const bool fresh = start + first == 0;
+      if constexpr (P::kDecodes) {
+        alignas(64) float decoded[kCols][kDecodedDepth];
+        for (int j = 0; j < (full ? kCols : 1); ++j)
+          decode_row(*p.w_codes, w + j * tiles * p.w_pitch, p.w_codes->scales_of(run.first + col + j * tiles),
+                     start + first, depth, decoded[j]);
+        const Tile tile{reinterpret_cast<const std::byte*>(decoded), sizeof decoded[0], 0, tiles};
+        multiply(x, first / P::kStep, tile, depth, fresh, c + col, p.c_pitch);
+      } else {
+        const Tile tile{w + (start + first) * P::kWBytes, tiles * p.w_pitch, p.w_pitch, tiles};
+        multiply(x, first / P::kStep, tile, depth, fresh, c + col, p.c_pitch);
+      }
     }
   }
 }
 
 // dot_run for the number of rows in the largest group, a switch unrolled.
 template <class P, int kRows>
-void dot_run_for(int rows, const Panel<P>& x, const WeightRows& run, std::int64_t w_pitch, std::int64_t start,
-                 std::int64_t packed, float* c, int c_pitch) {
+void dot_run_for(int rows, const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
+                 std::int64_t packed, float* c) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return dot_run_for<P, kRows - 1>(rows, x, run, w_pitch, start, packed, c, c_pitch);
+    if (rows < kRows) return dot_run_for<P, kRows - 1>(rows, p, x, run, start, packed, c);
   }
-  dot_run<P, kRows>(x, run, w_pitch, start, packed, c, c_pitch);
+  dot_run<P, kRows>(p, x, run, start, packed, c);
 }
 
 template <class P>
@@ -179,11 +206,10 @@ void dot_product(const Product& p) {
     const std::int64_t packed = std::min(panel_depth, p.depth - start);
     const Panel<P> panel{data, (packed + P::kStep - 1) / P::kStep, groups};
     for (int g = 0; g < groups.count; ++g)
-      pack_rows<P>(p.x + groups.first(g), groups.rows(g), start, packed,
-                   data + panel.steps * groups.first(g));
+      pack_rows<P>(p, groups.first(g), groups.rows(g), start, packed, data + panel.steps * groups.first(g));
     float* c = p.c;
     for (const WeightRows& run : p.w) {
-      dot_run_for<P, P::kRows>(groups.rows(0), panel, run, p.w_pitch, start, packed, c, p.c_pitch);
+      dot_run_for<P, P::kRows>(groups.rows(0), p, panel, run, start, packed, c);
       c += run.rows;
     }
   }
@@ -195,6 +221,7 @@ struct Widened {
   using Operand = Vec;
   using Sum = Vec;
   static constexpr int kStep = W, kXBytes = sizeof(T), kWBytes = sizeof(T), kRows = kTileRows;
+  static constexpr bool kDecodes = false;
   static constexpr int cols(int rows) { return tile_cols(rows); }
   static Vec x(const std::byte* p) { return load(reinterpret_cast<const T*>(p)); }
   static Vec w(const std::byte* p) { return load(reinterpret_cast<const T*>(p)); }
@@ -206,4 +233,12 @@ struct Widened {
     sum = sum + swap_lanes<2>(sum);
     return (sum + swap_lanes<1>(sum)).v[0];
   }
+};
+
+// The policy for codes as weights: they have become f32 when the tiles read them.
+template <class T, int kTileRows>
+struct Decoded : Widened<T, kTileRows> {
+  static constexpr int kWBytes = sizeof(float);
+  static constexpr bool kDecodes = true;
+  static Vec w(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
 };

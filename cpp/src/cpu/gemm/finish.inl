@@ -6,6 +6,8 @@ void finish(const Finish& f) {
   const int half = f.width / 2;
   for (int i = 0; i < f.rows; ++i) {
     float* c = f.c + i * f.c_pitch;
+    if (f.col_scales)
+      for (int n = 0; n < f.width; n += W) store(c + n, load(c + n) * load(f.col_scales + n));
     if (f.row_weights)
       for (int n = 0; n < f.width; n += W) store(c + n, load(c + n) * set(f.row_weights[i]));
     if (f.bias)

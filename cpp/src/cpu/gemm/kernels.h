@@ -6,7 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "moecore/activate.h"
+#include "core/numeric.h"
+#include "ops/grouped_gemm.h"
 
 namespace moecore::cpu::gemm {
 
@@ -23,6 +24,19 @@ inline constexpr std::int64_t kSumDepth = 1024;
 struct WeightRows {
   const std::byte* data = nullptr;
   int rows = 0;
+  std::int64_t first = 0;  // number of the first one among the expert's
+};
+
+/// How the codes of an operand become f32. Scales that a whole row shares are left to Finish.
+struct Codes {
+  bool e2m1 = false;                  // else e4m3
+  int block = 0;                      // columns that share a scale; 0: see above
+  DType scale_dtype{};                // f32, e8m0, e4m3
+  const std::byte* scales = nullptr;  // of the expert
+  std::int64_t row_pitch = 0, col_pitch = 0;
+  int block_rows = 1;
+
+  const std::byte* scales_of(std::int64_t row) const { return scales + row / block_rows * row_pitch; }
 };
 
 /// c[m,n] = sum_k x[m,k] * w[n,k] for one block, where the weight rows n are those of w[0], then of w[1].
@@ -34,14 +48,18 @@ struct Product {
   std::int64_t depth = 0;
   float* c = nullptr;
   int c_pitch = 0;
+  const Codes* w_codes = nullptr;              // weights are codes
+  const Codes* x_codes = nullptr;              // x too
+  const std::byte* const* x_scales = nullptr;  // of each row, when x_codes have a block
 };
 
-/// out[m,:] = RN( activation( c[m,:] * row_weights[m] + bias ) ). Overwrites c.
+/// out[m,:] = RN( activation( c[m,:] * col_scales * row_weights[m] + bias ) ). Overwrites c.
 struct Finish {
   float* c = nullptr;  // [rows, width]; gated: gate columns then up columns (either order), or interleaved
   int rows = 0;
   int width = 0;
   int c_pitch = 0;                         // a multiple of 16 with 16 floats to spare
+  const float* col_scales = nullptr;       // [width] or none
   const float* row_weights = nullptr;      // [rows] or none
   const float* bias = nullptr;             // [width] or none
   const Activation* activation = nullptr;  // or none
@@ -53,6 +71,8 @@ struct Finish {
 struct Kernel {
   const char* name = nullptr;
   void (*product)(const Product&) = nullptr;
+  /// The same for weights that are codes; f32's takes x as codes too.
+  void (*decoded_product)(const Product&) = nullptr;
   void (*finish)(const Finish&) = nullptr;
   /// dst[i] = src[i] in f32.
   void (*widen)(const std::byte* src, float* dst, std::int64_t n) = nullptr;
