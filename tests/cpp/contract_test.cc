@@ -624,9 +624,9 @@ TEST(Contract, Finalize) {
   expect_refusals<A>("finalize",
                      {
                          {"type of rows",
-                          [](A& a) { a.rows = retyped(a.rows, DType::kE4M3); },
+                          [](A& a) { a.rows = retyped(a.rows, DType::kE5M2); },
                           Error::kInvalidType,
-                          {"rows is e4m3[6,8]", "f32|f16|bf16"}},
+                          {"rows is e5m2[6,8]", "f32|f16|bf16|e4m3"}},
                          {"type of out",
                           [](A& a) { a.out = retyped(a.out, DType::kF16); },
                           Error::kInvalidType,
@@ -667,6 +667,82 @@ TEST(Contract, Finalize) {
                           [](A& a) { a.options.residual = resized(*a.options.residual, 0, 2); },
                           Error::kInvalidArgument,
                           {"residual is bf16[2,7]", "num_tokens = 3"}},
+                     });
+}
+
+struct FinalizeCodesArgs {
+  Tensor rows_memory{kCpu, DType::kE4M3, {6, 200}},
+      slots_memory = zeros(DType::kI32, {3, 2}), weights_memory = zeros(DType::kF32, {3, 2}),
+      residual_memory = zeros(DType::kBF16, {3, 130}), row_scales_memory = zeros(DType::kF32, {6, 2}),
+      out_memory{kCpu, DType::kE4M3, {3, 130}}, out_scales_memory{kCpu, DType::kF32, {3, 2}};
+  TensorView rows = rows_memory.read_only(), slots = slots_memory.read_only(), out = out_memory;
+  FinalizeOptions options{.weights = weights_memory.read_only(),
+                          .residual = residual_memory.read_only(),
+                          .row_scales = row_scales_memory.read_only(),
+                          .out_scales = out_scales_memory};
+  void call() { finalize(rows, slots, out, options); }
+  std::vector<const Tensor*> outputs() const { return {&out_memory, &out_scales_memory}; }
+};
+
+TEST(Contract, FinalizeOfCodes) {
+  using A = FinalizeCodesArgs;
+  expect_refusals<A>("finalize",
+                     {
+                         {"type of out",
+                          [](A& a) { a.out = retyped(a.out, DType::kE5M2); },
+                          Error::kInvalidType,
+                          {"out is e5m2[3,130]", "f32|f16|bf16|e4m3"}},
+                         {"cast_weights",
+                          [](A& a) { a.options.cast_weights = true; },
+                          Error::kInvalidArgument,
+                          {"cast_weights is true", "false for an e4m3 out"}},
+                         {"type of residual",
+                          [](A& a) { a.options.residual = retyped(*a.options.residual, DType::kF16); },
+                          Error::kInvalidType,
+                          {"residual is f16[3,130]", "bf16 beside an e4m3 out"}},
+                         {"row_scales of rows that have none",
+                          [](A& a) { a.rows = a.residual_memory, a.out = retyped(a.out, DType::kBF16); },
+                          Error::kInvalidType,
+                          {"rows is bf16", "e4m3 with row_scales"}},
+                         {"out_scales of an out that has none",
+                          [](A& a) {
+                            a.options.residual.reset();
+                            a.out = retyped(a.out, DType::kBF16);
+                          },
+                          Error::kInvalidType,
+                          {"out is bf16", "e4m3 with out_scales"}},
+                         {"type of row_scales",
+                          [](A& a) { a.options.row_scales = retyped(*a.options.row_scales, DType::kI32); },
+                          Error::kInvalidType,
+                          {"row_scales is i32[6,2]", "f32"}},
+                         {"rows of row_scales",
+                          [](A& a) { a.options.row_scales = resized(*a.options.row_scales, 0, 5); },
+                          Error::kInvalidArgument,
+                          {"row_scales is f32[5,2]", "num_rows = 6"}},
+                         {"blocks of row_scales",
+                          [](A& a) { a.options.row_scales = resized(*a.options.row_scales, 1, 1); },
+                          Error::kInvalidArgument,
+                          {"row_scales is f32[6,1]", "ceil(columns / 128) = 2"}},
+                         {"blocks of out_scales",
+                          [](A& a) { a.options.out_scales = resized(*a.options.out_scales, 1, 1); },
+                          Error::kInvalidArgument,
+                          {"out_scales is f32[3,1]", "ceil(columns / 128) = 2"}},
+                         {"rows of column-major scales",
+                          [](A& a) {
+                            a.options.scale_layout = ScaleLayout::kColumnMajor;
+                            a.options.row_scales.reset();
+                            a.options.out_scales = resized(*a.options.out_scales, 0, 2);
+                          },
+                          Error::kInvalidArgument,
+                          {"out_scales is f32[2,2]", "shape[1] >= 3"}},
+                         {"read-only out_scales",
+                          [](A& a) { a.options.out_scales = frozen(*a.options.out_scales); },
+                          Error::kInvalidArgument,
+                          {"out_scales is", "writable"}},
+                         {"scale_layout",
+                          [](A& a) { a.options.scale_layout = ScaleLayout::kSwizzled128x4; },
+                          Error::kInvalidArgument,
+                          {"scale_layout is 1", "linear or column_major"}},
                      });
 }
 

@@ -2,12 +2,15 @@
 
 #include "moecore/finalize.h"
 
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/fixture.h"
 #include "support/oracle.h"
+#include "support/quantize_oracle.h"
 
 namespace moecore::test {
 namespace {
@@ -200,6 +203,204 @@ TEST_P(Finalize, BitsDoNotDependOnBatchOrThreads) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, Finalize, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);
+
+struct CodesCase {
+  std::int64_t num_tokens = 5, top_k = 4, num_rows = 20, hidden = 256, rows_width = 256;
+  bool row_scales = true;
+  bool out_scales = true;  // of an e4m3 out
+  ScaleLayout layout = ScaleLayout::kLinear;
+  std::optional<DType> weight_type = DType::kF32;
+  bool residual = false;
+  Place place{};
+  int num_threads = 0;
+
+  friend std::ostream& operator<<(std::ostream& out, const CodesCase& c) {
+    return out << "T=" << c.num_tokens << " K=" << c.top_k << " R=" << c.num_rows << " H=" << c.hidden
+               << " Hp=" << c.rows_width << (c.row_scales ? " row scales" : "")
+               << (c.out_scales ? " out scales" : "")
+               << (c.layout == ScaleLayout::kLinear ? " linear" : " column major") << " weights "
+               << (c.weight_type ? name(*c.weight_type) : "none") << (c.residual ? " residual " : " ")
+               << c.place.name;
+  }
+};
+
+using Codes = std::vector<std::uint8_t>;
+
+// Rows of e4m3; the parameter is the element of out.
+class FinalizeE4m3 : public OnDeviceDType {
+ protected:
+  // Every code, NaN rarely, and some runs of zeros.
+  static Codes random_codes(std::uint64_t seed, std::int64_t count) {
+    Random random(seed);
+    Codes codes(static_cast<std::size_t>(count));
+    std::int64_t zeros = 0;
+    for (std::uint8_t& code : codes) {
+      code = static_cast<std::uint8_t>(random.bits() >> 56);
+      if ((code & 0x7F) == 0x7F && random.below(16) != 0) code = 0x7E;
+      if (zeros == 0 && random.below(500) == 0) zeros = 300;
+      if (zeros > 0) code = 0, --zeros;
+    }
+    return codes;
+  }
+
+  void expect_finalize(const CodesCase& c) {
+    Random random(static_cast<std::uint64_t>(c.num_tokens * 31 + c.top_k * 7 + c.hidden));
+    const Array slots = random.integers({c.num_tokens, c.top_k}, -1, c.num_rows + 1);
+    const Array scales =
+        random.floats({c.num_rows, (c.rows_width + 127) / 128}, DType::kF32, 0x1p-12, 0x1p-6);
+    std::optional<Array> weights;
+    if (c.weight_type) weights = random.floats({c.num_tokens, c.top_k}, *c.weight_type, -1, 1);
+    expect_bits(c, random_codes(random.bits(), c.num_rows * c.rows_width), slots, scales, weights);
+  }
+
+  void expect_bits(const CodesCase& c, const Codes& codes, const Array& slots, const Array& scales,
+                   const std::optional<Array>& weights) {
+    SCOPED_TRACE(::testing::Message() << c);
+    const bool quantised = dtype() == DType::kE4M3, column_major = c.layout == ScaleLayout::kColumnMajor;
+    const DType sum_type = quantised ? DType::kF32 : dtype();
+    Array rows({c.num_rows, c.rows_width});
+    std::vector<std::byte> bytes;
+    for (std::size_t i = 0; i < codes.size(); ++i) {
+      rows.values[i] = oracle::SmallFloat::e4m3().decode(codes[i]);
+      bytes.push_back(std::byte{codes[i]});
+    }
+    Tensor rows_tensor(device(), DType::kE4M3, {c.num_rows, c.rows_width}, c.place);
+    rows_tensor.set_bytes(bytes);
+    const Tensor slot_tensor(device(), DType::kI32, slots);
+    FinalizeOptions options{.scale_layout = c.layout};
+    std::optional<Tensor> scale_tensor, weight_tensor, residual_tensor, out_scales;
+    if (c.row_scales) {
+      scale_tensor.emplace(device(), DType::kF32, column_major ? transposed(scales, 3) : scales, c.place);
+      options.row_scales = scale_tensor->read_only();
+    }
+    if (weights) {
+      weight_tensor.emplace(device(), *c.weight_type, *weights);
+      options.weights = weight_tensor->read_only();
+    }
+    std::optional<Array> residual;
+    if (c.residual) {
+      const DType type = quantised ? DType::kBF16 : dtype();
+      residual = Random(9).floats({c.num_tokens, c.hidden}, type);
+      residual_tensor.emplace(device(), type, *residual, c.place);
+      options.residual = residual_tensor->read_only();
+    }
+    const std::int64_t blocks = (c.hidden + 127) / 128, padded_tokens = c.num_tokens + 2;
+    if (quantised && c.out_scales) {
+      out_scales.emplace(
+          device(), DType::kF32,
+          column_major ? std::vector{blocks, padded_tokens} : std::vector{c.num_tokens, blocks}, c.place);
+      options.out_scales = *out_scales;
+    }
+    Tensor out(device(), dtype(), {c.num_tokens, c.hidden}, c.place);
+    finalize(rows_tensor.read_only(), slot_tensor.read_only(), out, options,
+             Call(device(), 0, c.num_threads));
+
+    const Array sums = oracle::finalize(rows, slots, c.hidden, sum_type, weights, false, residual,
+                                        c.row_scales ? std::optional(scales) : std::nullopt);
+    EXPECT_TRUE(out.surroundings_intact());
+    if (!quantised) {
+      EXPECT_TRUE(equal(out.get(), sums));
+      return;
+    }
+    std::vector<float> values(sums.values.begin(), sums.values.end());
+    Codes expected;
+    if (c.out_scales) {
+      const oracle::Quantized q =
+          oracle::quantize(values, c.hidden, c.hidden, QuantFormat::fp8_block128(),
+                           std::vector<float>(static_cast<std::size_t>(c.num_tokens), 1.0f));
+      expected = q.codes;
+      Array expected_scales({c.num_tokens, blocks});
+      for (std::size_t i = 0; i < q.scales.size(); ++i)
+        expected_scales.values[i] = static_cast<double>(std::bit_cast<float>(q.scales[i]));
+      if (c.num_tokens > 0) {
+        EXPECT_TRUE(
+            equal(out_scales->get(), column_major ? transposed(expected_scales, 2) : expected_scales));
+      }
+      EXPECT_TRUE(out_scales->surroundings_intact());
+    } else {
+      for (float v : values) expected.push_back(oracle::SmallFloat::e4m3().encode(static_cast<double>(v)));
+    }
+    const std::vector<std::byte> actual = out.get_bytes();
+    ASSERT_EQ(actual.size(), expected.size());
+    EXPECT_TRUE(expected.empty() || std::memcmp(actual.data(), expected.data(), expected.size()) == 0);
+  }
+
+ private:
+  // [rows, C] -> [C, rows + padding], padded with zeros.
+  static Array transposed(const Array& a, std::int64_t padding) {
+    Array t({a.shape[1], a.shape[0] + padding});
+    for (std::int64_t r = 0; r < a.shape[0]; ++r)
+      for (std::int64_t c = 0; c < a.shape[1]; ++c) t.at(c, r) = a.at(r, c);
+    return t;
+  }
+};
+
+TEST_P(FinalizeE4m3, AnyWidth) {
+  for (std::int64_t hidden : widths())
+    for (const Place& place : places(DType::kE4M3))
+      expect_finalize({.hidden = hidden, .rows_width = hidden, .place = place});
+}
+
+TEST_P(FinalizeE4m3, AnyTopKAndTokenCount) {
+  for (std::int64_t top_k : {0, 1, 2, 3, 5, 8, 10, 33, 65, 129})
+    for (std::int64_t num_tokens : {0, 1, 7, 33})
+      expect_finalize(
+          {.num_tokens = num_tokens, .top_k = top_k, .num_rows = 50, .hidden = 160, .rows_width = 160});
+}
+
+TEST_P(FinalizeE4m3, WithAndWithoutScales) {
+  for (ScaleLayout layout : {ScaleLayout::kLinear, ScaleLayout::kColumnMajor})
+    for (bool row_scales : {false, true})
+      for (bool out_scales : {false, true})
+        for (bool residual : {false, true})
+          for (std::optional<DType> weight_type : {std::optional<DType>{}, std::optional{DType::kBF16}})
+            for (std::int64_t hidden : {384, 130, 1})
+              expect_finalize({.hidden = hidden,
+                               .rows_width = hidden + 128,
+                               .row_scales = row_scales,
+                               .out_scales = out_scales,
+                               .layout = layout,
+                               .weight_type = weight_type,
+                               .residual = residual});
+}
+
+TEST_P(FinalizeE4m3, ABlockOfZerosHasAScale) {
+  // Zero codes, dead tokens, no rows: the sums are zero and their scale is not.
+  const Array scales({4, 2}, 0.25);
+  const CodesCase c{.num_tokens = 3, .top_k = 2, .num_rows = 4, .hidden = 200, .rows_width = 200};
+  expect_bits(c, Codes(800, 0x00), Array({3, 2}, {0, 1, -1, -1, 3, 9}), scales, Array({3, 2}, 1.0));
+  CodesCase none = c;
+  none.num_rows = 0;
+  expect_bits(none, {}, Array({3, 2}, 0.0), Array({0, 2}), Array({3, 2}, 1.0));
+}
+
+TEST_P(FinalizeE4m3, CarriesNaNInfinityAndOverflow) {
+  // Codes of NaN beside numbers, blocks of nothing but NaN, and sums beyond the largest code and f32.
+  Codes codes(2 * 256, 0x7E);
+  for (std::size_t i = 0; i < 128; ++i) codes[i] = 0x7F;
+  codes[256 + 5] = 0xFF;
+  const CodesCase c{.num_tokens = 4, .top_k = 2, .num_rows = 2, .hidden = 256, .rows_width = 256};
+  const Array slots({4, 2}, {0, 1, 0, 0, 1, 1, 1, -1});
+  for (double weight : {1.0, 1024.0, 0x1p120, -0x1p120})
+    for (double scale : {1.0, 0x1p-20, 0x1p7})
+      expect_bits(c, codes, slots, Array({2, 2}, scale), Array({4, 2}, weight));
+}
+
+TEST_P(FinalizeE4m3, BitsDoNotDependOnBatchOrThreads) {
+  for (int threads : {1, 2, 5})
+    for (std::int64_t num_tokens : {1, 3, 300})
+      expect_finalize({.num_tokens = num_tokens,
+                       .top_k = 8,
+                       .num_rows = 2400,
+                       .hidden = 640,
+                       .rows_width = 640,
+                       .num_threads = threads});
+}
+
+INSTANTIATE_TEST_SUITE_P(, FinalizeE4m3,
+                         ::testing::ValuesIn(devices_times({DType::kF32, DType::kF16, DType::kBF16,
+                                                            DType::kE4M3})),
+                         device_dtype_name);
 
 }  // namespace
 }  // namespace moecore::test

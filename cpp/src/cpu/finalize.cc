@@ -19,7 +19,8 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   constexpr std::int64_t kTaskElements = 32768;
   const std::int64_t slots = std::max<std::int64_t>(1, p.top_k);
   const std::int64_t wanted = std::max<std::int64_t>(1, kTaskElements / slots);
-  const std::int64_t columns = std::min(p.hidden, (wanted + 127) / 128 * 128);
+  constexpr std::int64_t kBlock = kFinalizeScaleBlock;  // is not divided between tasks
+  const std::int64_t columns = std::min(p.hidden, (wanted + kBlock - 1) / kBlock * kBlock);
   const std::int64_t blocks = (p.hidden + columns - 1) / columns;
   const std::int64_t tokens = std::max<std::int64_t>(1, wanted / p.hidden);
   const std::int64_t token_tasks = (p.num_tokens + tokens - 1) / tokens;

@@ -17,23 +17,29 @@ struct FinalizePolicy {
   int threads = 64;  // of a block
 };
 
+/// Neighbouring columns that a thread owns.
+inline std::int64_t finalize_columns_per_thread(const FinalizePolicy& policy, DType rows) {
+  if (policy.vectors) return 16 * 8 / bit_width(rows);
+  return rows == DType::kE4M3 ? 4 : 1;
+}
+
 inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_sms) {
   constexpr int kVectorBytes = 16;
-  const std::int64_t element = bit_width(p.dtype) / 8;
-  auto aligned = [&](const void* data, std::int64_t rows, std::int64_t stride) {
+  auto aligned = [&](const void* data, std::int64_t rows, std::int64_t stride, DType dtype) {
     return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0 &&
-           (rows <= 1 || stride * element % kVectorBytes == 0);
+           (rows <= 1 || stride * bit_width(dtype) / 8 % kVectorBytes == 0);
   };
   FinalizePolicy policy;
-  policy.vectors = aligned(p.rows, p.num_rows, p.rows_stride) && aligned(p.out, p.num_tokens, p.out_stride) &&
-                   aligned(p.residual, p.num_tokens, p.residual_stride) &&
-                   p.hidden * element % kVectorBytes == 0;
-  const std::int64_t per_thread = policy.vectors ? kVectorBytes / element : 1;
-  const std::int64_t columns = std::max<std::int64_t>(1, p.hidden / per_thread);
+  policy.vectors = aligned(p.rows, p.num_rows, p.rows_stride, p.dtype) &&
+                   aligned(p.out, p.num_tokens, p.out_stride, p.out_dtype) &&
+                   aligned(p.residual, p.num_tokens, p.residual_stride, residual_dtype(p.out_dtype)) &&
+                   p.hidden * bit_width(p.dtype) / 8 % kVectorBytes == 0;
+  const std::int64_t per_thread = finalize_columns_per_thread(policy, p.dtype);
+  const std::int64_t columns = std::max<std::int64_t>(1, (p.hidden + per_thread - 1) / per_thread);
 
   // More than four rows in flight per thread cost more resident threads than they gain; narrow blocks even
   // out the end of the grid and, when tokens are few, spread one over many SMs.
-  policy.slots = p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : 4;
+  policy.slots = p.dtype == DType::kE4M3 ? 4 : p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : 4;
   policy.threads = 64;
   while (policy.threads > 32 &&
          p.num_tokens * ((columns + policy.threads - 1) / policy.threads) < 4 * num_sms)

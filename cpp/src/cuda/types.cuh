@@ -21,6 +21,11 @@ struct CudaType<DType::kBF16> {
   using type = __nv_bfloat16;
 };
 
+template <>
+struct CudaType<DType::kE4M3> {
+  using type = dev::E4M3;
+};
+
 template <DType D>
 using cuda_t = typename CudaType<D>::type;
 

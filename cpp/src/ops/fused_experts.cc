@@ -105,7 +105,7 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     check.that(weights.is_dense(), "weights.strides[0]", weights.strides[0],
                "dense weights with apply_router_weight_on_input");
   if (options.residual) {
-    check.tensor("residual", *options.residual, FinalizeTypes::kRows, 2);
+    check.tensor("residual", *options.residual, FloatTypes::kRows, 2);
     check.same_dtype("residual", *options.residual, "out", out);
     check.dim("residual", *options.residual, 0, num_tokens, "num_tokens");
     check.dim("residual", *options.residual, 1, hidden, "hidden");

@@ -23,7 +23,7 @@ constexpr OpInstances kInstances[] = {
     {"shuffle_rows", {}},
     {"activate", ActivateTypes::kRows},
     {"grouped_gemm", GroupedGemmTypes::kRows},
-    {"finalize", FinalizeTypes::kRows},
+    {"finalize", FinalizeRowTypes::kRows},
     {"fused_experts", GroupedGemmTypes::kRows},
     {"transpose_experts", {}},
 };

@@ -396,7 +396,8 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
 }
 
 Array finalize(const Array& rows, const Array& slot_row, std::int64_t hidden, DType dtype,
-               const std::optional<Array>& weights, bool cast_weights, const std::optional<Array>& residual) {
+               const std::optional<Array>& weights, bool cast_weights, const std::optional<Array>& residual,
+               const std::optional<Array>& row_scales) {
   const std::int64_t num_tokens = slot_row.shape[0], top_k = slot_row.shape[1];
   Array out({num_tokens, hidden});
   for (std::int64_t t = 0; t < num_tokens; ++t)
@@ -407,6 +408,9 @@ Array finalize(const Array& rows, const Array& slot_row, std::int64_t hidden, DT
         if (row < 0 || row >= static_cast<double>(rows.shape[0])) continue;
         double w = weights ? weights->at(t, j) : 1.0;
         if (cast_weights) w = round_to(dtype, w);
+        // The product of two floats is exact in double.
+        if (row_scales)
+          w = round_to(DType::kF32, w * row_scales->at(static_cast<std::int64_t>(row), h / 128));
         sum = std::fma(static_cast<float>(w), static_cast<float>(rows.at(static_cast<std::int64_t>(row), h)),
                        sum);
       }

@@ -89,8 +89,10 @@ struct GemmSpec {
 Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_offsets, std::int64_t num_rows,
                      const GemmSpec& spec);
 
-/// The f32 fma chain of the contract, rounded to `dtype`: exact bits.
+/// The f32 fma chain of the contract, rounded to `dtype`: exact bits. `row_scales` [R, ceil(Hp / 128)]
+/// multiply the weights.
 Array finalize(const Array& rows, const Array& slot_row, std::int64_t hidden, DType dtype,
-               const std::optional<Array>& weights, bool cast_weights, const std::optional<Array>& residual);
+               const std::optional<Array>& weights, bool cast_weights, const std::optional<Array>& residual,
+               const std::optional<Array>& row_scales = {});
 
 }  // namespace moecore::oracle

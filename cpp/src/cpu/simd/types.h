@@ -1,5 +1,5 @@
 #pragma once
-// 16-bit floating point elements in memory, and the element type of each float DType.
+// Floating point elements of 16 and 8 bits in memory, and the element type of each float DType.
 
 #include <cstdint>
 
@@ -12,6 +12,10 @@ struct F16 {
 };
 struct BF16 {
   std::uint16_t bits;
+};
+/// Vectors of these are loaded and stored as bytes: see kernels/quantize.inl.
+struct E4M3 {
+  std::uint8_t bits;
 };
 
 namespace detail {
@@ -29,9 +33,13 @@ template <>
 struct ElementOf<DType::kBF16> {
   using Type = BF16;
 };
+template <>
+struct ElementOf<DType::kE4M3> {
+  using Type = E4M3;
+};
 }  // namespace detail
 
-/// float, F16 or BF16.
+/// float, F16, BF16 or E4M3.
 template <DType dtype>
 using Element = typename detail::ElementOf<dtype>::Type;
 

@@ -24,8 +24,8 @@ namespace {
 #include "cpu/kernels/activation.inl"
 //
 #include "cpu/kernels/activate.inl"
-#include "cpu/kernels/finalize.inl"
 #include "cpu/kernels/quantize.inl"
+#include "cpu/kernels/finalize.inl"
 #include "cpu/kernels/roof.inl"
 #include "cpu/kernels/route.inl"
 

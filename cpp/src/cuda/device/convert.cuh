@@ -31,6 +31,11 @@ __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+/// Converted by fp8_fp4.cuh, two or four at a time.
+struct E4M3 {
+  unsigned char bits;
+};
+
 /// N elements of T as one aligned vector.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {

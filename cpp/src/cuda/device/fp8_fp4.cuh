@@ -1,6 +1,6 @@
 #pragma once
-// f32 to e4m3 and e2m1. The same bits on every architecture: where there is no instruction, the software form
-// follows its rule, which is that of core/numeric.h.
+// f32 to e4m3 and e2m1, and e4m3 back. The same bits on every architecture: where there is no instruction,
+// the software form follows its rule, which is that of core/numeric.h.
 //
 //   e4m3  to nearest even, saturating, NaN = 0x7F   instruction from sm_89 on
 //   e2m1  to nearest even, saturating, NaN = 0x7    instruction on sm_100a, sm_120a and their families
@@ -43,6 +43,25 @@ __device__ __forceinline__ std::uint32_t e4m3x2(float low, float high) {
 /// Four codes.
 __device__ __forceinline__ std::uint32_t e4m3x4(const float* y) {
   return e4m3x2(y[0], y[1]) | e4m3x2(y[2], y[3]) << 16;
+}
+
+/// The values of two codes, the low byte's first.
+__device__ __forceinline__ float2 e4m3x2_to_f32(std::uint32_t codes) {
+#if __CUDA_ARCH__ >= 890
+  __half2_raw halves;
+  asm("{ .reg .b32 h; cvt.rn.f16x2.e4m3x2 h, %2; mov.b32 {%0, %1}, h; }"
+      : "=h"(halves.x), "=h"(halves.y)
+      : "h"(static_cast<std::uint16_t>(codes)));
+  return __half22float2(halves);
+#else
+  // As an f16 with the code's exponent and mantissa at the top of its fields, a value is 2^-8 of itself.
+  auto value = [](std::uint32_t code) {
+    const auto bits = static_cast<std::uint16_t>((code & 0x80u) << 8 | (code & 0x7Fu) << 7);
+    return (code & 0x7Fu) == 0x7Fu ? __uint_as_float(0x7FC00000u)
+                                   : __half2float(__ushort_as_half(bits)) * 256.0f;
+  };
+  return {value(codes & 0xFFu), value(codes >> 8 & 0xFFu)};
+#endif
 }
 
 /// Eight codes, y[0] in the lowest nibble.
