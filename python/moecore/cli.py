@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import moecore
 from moecore.models import MODELS
@@ -25,7 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    run = {"demo": _demo, "show-config": _show_config, "collect-env": _collect_env, "explain": _explain}
+    run = {
+        "demo": _demo,
+        "bench": _bench,
+        "show-config": _show_config,
+        "collect-env": _collect_env,
+        "explain": _explain,
+    }
     return run[args.command](args)
 
 
@@ -68,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--threads", type=_natural, default=0, help="CPU threads; 0 takes every available CPU")
 
+    _add_bench(commands)
+
     commands.add_parser("show-config", help="print what this build and this machine offer")
     commands.add_parser("collect-env", help="print what a bug report should contain")
 
@@ -81,6 +91,44 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("op", choices=moecore.OPS, metavar="OP", help=", ".join(moecore.OPS))
     explain.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure every op and the layer beside other libraries and the roof",
+        description="Measures ops and layers on named cases: model x tokens x type. Every result is first "
+        "checked against float64, then timed with rotated inputs (CUDA: graph replay), beside the peers that "
+        "are installed, and held against the roof measured in the same run.",
+    )
+    bench.add_argument("--quick", action="store_true", help="one model, two batches: a minute")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    names = {"metavar": "A,B", "default": ""}
+    bench.add_argument("--op", help="ops, comma-separated (all)", **names)
+    bench.add_argument("--model", help=f"of {', '.join(MODELS)}", **names)
+    bench.add_argument("--tokens", help="tokens in a batch, comma-separated", **names)
+    bench.add_argument("--dtype", help="element types and formats, comma-separated", **names)
+    bench.add_argument(
+        "--routing",
+        choices=("uniform", "zipf", "one_hot"),
+        default="uniform",
+        help="how tokens fall on experts; one_hot: all on the same",
+    )
+    bench.add_argument(
+        "--peers", default="auto", metavar="auto|none|LIST", help="other libraries to measure beside moecore"
+    )
+    bench.add_argument(
+        "--peers-dir", type=Path, metavar="DIR", help="their binaries, where they are not installed"
+    )
+    bench.add_argument("--seconds", type=float, metavar="S", help="time for one measurement")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines")
+    inner = bench.add_subparsers(dest="bench_command", metavar="compare", title="comparison")
+    compare = inner.add_parser("compare", help="ratios of two result files; exit 1 on a regression")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument(
+        "--threshold", type=float, default=0.05, metavar="X", help="tolerated slowdown (%(default)s)"
+    )
 
 
 def _natural(text: str) -> int:
@@ -99,6 +147,39 @@ def _demo(args: argparse.Namespace) -> int:
         return demo.run(args.model, args.tokens, args.dtype, args.device, args.scale, args.threads)
     except (demo.DemoError, ValueError) as error:
         return _fail(str(error))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        from moecore._arrays import DeviceMissingError
+        from moecore.bench import cases, compare, harness
+    except ModuleNotFoundError as error:
+        return _fail(f"bench needs {error.name}: pip install {error.name}")
+    try:
+        if args.bench_command == "compare":
+            return compare.compare(args.before, args.after, args.threshold)
+        selection = cases.Selection(
+            ops=_among("--op", args.op, cases.OPS),
+            models=_among("--model", args.model, list(MODELS)),
+            tokens=[_natural(count) for count in args.tokens.split(",") if count],
+            dtypes=_among("--dtype", args.dtype, cases.all_dtypes()),
+            routing=args.routing,
+            quick=args.quick,
+        )
+        return harness.run(
+            harness.Request(selection, args.device, args.peers, args.peers_dir, args.seconds, args.out)
+        )
+    except (DeviceMissingError, OSError, ValueError, argparse.ArgumentTypeError) as error:
+        return _fail(f"bench: {error}")
+
+
+def _among(option: str, names: str, known: Sequence[str]) -> list[str]:
+    """A comma-separated option; ValueError with the choices for a name that is not one."""
+    chosen = [name for name in names.split(",") if name]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"{option}: {name} is unknown, expected some of {', '.join(known)}")
+    return chosen
 
 
 def _show_config(args: argparse.Namespace) -> int:
