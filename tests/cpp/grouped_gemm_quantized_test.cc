@@ -3,270 +3,20 @@
 // block cannot hide in a tolerance), within the derived bound on random codes and scales.
 
 #include <cmath>
-#include <cstring>
 
 #include "moecore/grouped_gemm.h"
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/fixture.h"
 #include "support/oracle.h"
-#include "support/quantize_oracle.h"
+#include "support/quantized_operand.h"
 
 namespace moecore::test {
 namespace {
 
-using Format = std::optional<QuantFormat>;
-
-struct FormatPair {
-  std::string name;
-  Format x, weights;
-};
-
-/// The table of grouped_gemm.h.
-const std::vector<FormatPair>& pairs() {
-  static const std::vector<FormatPair> list = [] {
-    using F = QuantFormat;
-    constexpr ScaleLayout kLinear = ScaleLayout::kLinear;
-    const std::pair<const char*, Format> none{"float", {}}, tensor{"fp8 tensor", F::fp8_tensor()},
-        token{"fp8 token", F::fp8_token()}, block{"fp8 block128", F::fp8_block128()},
-        column{"fp8 block128 column major", F::fp8_block128(ScaleLayout::kColumnMajor)},
-        mxfp8{"mxfp8", F::mxfp8(kLinear)}, nvfp4{"nvfp4", F::nvfp4(kLinear)},
-        mxfp4{"mxfp4", F::mxfp4(kLinear)};
-    std::vector<FormatPair> pairs;
-    for (const auto& [x, weights] : {std::pair{none, tensor},
-                                     {none, token},
-                                     {none, block},
-                                     {none, nvfp4},
-                                     {none, mxfp4},
-                                     {tensor, tensor},
-                                     {tensor, token},
-                                     {token, tensor},
-                                     {token, token},
-                                     {block, block},
-                                     {column, block},
-                                     {mxfp8, nvfp4},
-                                     {mxfp8, mxfp4},
-                                     {nvfp4, nvfp4},
-                                     {nvfp4, mxfp4}})
-      pairs.push_back({std::string(x.first) + " x " + weights.first, x.second, weights.second});
-    return pairs;
-  }();
-  return list;
-}
-
-bool is_fp4(const Format& f) {
-  return f && f->data_dtype() == DType::kE2M1;
-}
 bool any_fp4(const FormatPair& p) {
   return is_fp4(p.x) || is_fp4(p.weights);
 }
-bool has_e8m0(const Format& f) {
-  return f && f->scale_dtype() == DType::kE8M0;
-}
-
-enum class Values {
-  kIntegers,  // integers of a few bits, scales that are powers of two near 1: every sum is exact in f32
-  kRandom,    // every finite code, scales of any mantissa
-  kExtreme,   // e8m0 scales from 2^-100 to 2^100, the same power of two along K
-};
-
-/// nvfp4's global scale.
-enum class Global { kNone, kOne, kPerExpert };
-
-/// x [X,K] or weights [E,N,K] as the op takes them, and what their elements stand for.
-struct Operand {
-  struct Spec {
-    Format format;
-    DType float_type;
-    std::vector<std::int64_t> shape;
-    Values values = Values::kIntegers;
-    Global global = Global::kOne;
-    bool as_bytes = true;  // codes and byte-sized scales come as u8
-    Place place{};
-    bool is_x() const { return shape.size() == 2; }
-  };
-
-  Array values;
-  std::vector<std::uint8_t> codes;  // one for each element
-  Array scales;                     // [E or 1, rows of blocks, blocks along K]
-  std::int64_t block_rows = 1, block_cols = 0;
-  Array global;  // [E or 1]
-
-  Operand(const Spec& spec, Random& random) : spec_(spec) {
-    const auto& s = spec.shape;
-    experts_ = spec.is_x() ? 1 : s[0];
-    rows_ = s[s.size() - 2];
-    cols_ = s.back();
-    if (!spec.format) {
-      values =
-          spec.values == Values::kIntegers ? random.integers(s, -3, 3) : random.floats(s, spec.float_type);
-      return;
-    }
-    draw(random);
-    decode();
-  }
-
-  /// Everything that belongs to a row (of x) or an expert (of weights) becomes NaN, as far as the format has
-  /// something of its own for it.
-  void poison(std::int64_t index) {
-    const std::int64_t first = spec_.is_x() ? index : index * rows_,
-                       end = spec_.is_x() ? index + 1 : first + rows_;
-    for (std::int64_t i = first * cols_; i < end * cols_; ++i) values[i] = std::nan("");
-    if (!spec_.format) return;
-    if (!is_fp4(spec_.format))
-      for (std::int64_t i = first * cols_; i < end * cols_; ++i) codes[static_cast<std::size_t>(i)] = 0x7F;
-    const std::int64_t per_expert = scales.shape[1] * scales.shape[2];
-    if (!spec_.is_x()) {
-      for (std::int64_t i = 0; i < per_expert; ++i) scales[index * per_expert + i] = std::nan("");
-      if (global.size() > 1) global[index] = std::nan("");
-    } else if (!is_tensor()) {
-      for (std::int64_t i = 0; i < scales.shape[2]; ++i) scales.at(0, index, i) = std::nan("");
-    }
-  }
-
-  /// The values, after codes or scales were changed by hand.
-  void decode() {
-    const oracle::SmallFloat& code =
-        is_fp4(spec_.format) ? oracle::SmallFloat::e2m1() : oracle::SmallFloat::e4m3();
-    values = Array(spec_.shape);
-    for (std::int64_t e = 0; e < experts_; ++e)
-      for (std::int64_t r = 0; r < rows_; ++r)
-        for (std::int64_t c = 0; c < cols_; ++c) {
-          const std::int64_t i = (e * rows_ + r) * cols_ + c;
-          const double s = scales.at(e, is_tensor() ? 0 : r / block_rows, block_cols ? c / block_cols : 0);
-          values[i] = code.decode(codes[static_cast<std::size_t>(i)]) * s * reciprocal(e);
-        }
-  }
-
-  /// On the device.
-  void upload(Device device) {
-    if (!spec_.format) {
-      data_.emplace(device, spec_.float_type, values, spec_.place);
-      return;
-    }
-    const QuantFormat& f = *spec_.format;
-    std::vector<std::int64_t> shape = spec_.shape;
-    std::vector<std::byte> bytes;
-    if (is_fp4(f)) {
-      if (spec_.as_bytes) shape.back() /= 2;
-      for (std::size_t i = 0; i < codes.size(); i += 2)
-        bytes.push_back(static_cast<std::byte>(codes[i] | codes[i + 1] << 4));
-    } else {
-      for (std::uint8_t c : codes) bytes.push_back(static_cast<std::byte>(c));
-    }
-    Place place = spec_.place;
-    if (is_fp4(f) && !spec_.as_bytes) place.row_padding = (place.row_padding + 1) / 2 * 2;
-    data_.emplace(device, spec_.as_bytes ? DType::kU8 : f.data_dtype(), shape, place);
-    data_->set_bytes(bytes);
-
-    // Scales in the shape of the format: without the axes it does not have.
-    const bool column_major = f.layout == ScaleLayout::kColumnMajor;
-    const std::int64_t pitch = column_major ? rows_ + 3 : rows_;
-    std::vector<std::int64_t> scale_shape;
-    if (!spec_.is_x()) scale_shape.push_back(experts_);
-    if (column_major) {
-      scale_shape = {scales.shape[2], pitch};
-    } else {
-      if (spec_.is_x() || !is_tensor()) scale_shape.push_back(scales.shape[1]);
-      if (spec_.is_x() || block_cols) scale_shape.push_back(scales.shape[2]);
-    }
-    Array laid_out(scale_shape, column_major ? std::nan("") : 0);
-    if (column_major) {
-      for (std::int64_t r = 0; r < rows_; ++r)
-        for (std::int64_t c = 0; c < scales.shape[2]; ++c) laid_out.at(c, r) = scales.at(0, r, c);
-    } else {
-      laid_out.values = scales.values;
-    }
-    const DType type = f.scale_dtype();
-    const bool scale_bytes = spec_.as_bytes && type != DType::kF32;
-    Place scale_place = spec_.place;
-    if (type == DType::kF32) scale_place.byte_offset = scale_place.byte_offset / 4 * 4;
-    scales_.emplace(device, scale_bytes ? DType::kU8 : type, scale_shape, scale_place);
-    std::vector<std::byte> scale_data;
-    for (double s : laid_out.values) append(scale_data, type, s);
-    scales_->set_bytes(scale_data);
-    if (global.size() > 0) global_.emplace(device, DType::kF32, global);
-  }
-
-  TensorView view() const { return data_->read_only(); }
-  std::optional<OperandScales> scale_view() const {
-    if (!spec_.format) return {};
-    OperandScales s{*spec_.format, scales_->read_only()};
-    if (global_) s.global_scale = global_->read_only();
-    return s;
-  }
-
- private:
-  bool is_tensor() const {
-    return spec_.format->kind == QuantKind::kFp8 && spec_.format->granularity == Granularity::kTensor;
-  }
-  double reciprocal(std::int64_t e) const {
-    if (global.size() == 0) return 1;
-    return static_cast<double>(static_cast<float>(1.0 / global[global.size() > 1 ? e : 0]));
-  }
-
-  static void append(std::vector<std::byte>& bytes, DType type, double s) {
-    if (type == DType::kF32) {
-      const auto f = static_cast<float>(s);
-      bytes.resize(bytes.size() + 4);
-      std::memcpy(bytes.data() + bytes.size() - 4, &f, 4);
-    } else if (type == DType::kE8M0) {
-      bytes.push_back(static_cast<std::byte>(std::isnan(s) ? 255 : std::ilogb(s) + 127));
-    } else {
-      bytes.push_back(static_cast<std::byte>(oracle::SmallFloat::e4m3().encode(s)));
-    }
-  }
-
-  void draw(Random& random) {
-    const QuantFormat& f = *spec_.format;
-    const bool integers = spec_.values == Values::kIntegers;
-    const oracle::SmallFloat& code = is_fp4(f) ? oracle::SmallFloat::e2m1() : oracle::SmallFloat::e4m3();
-    for (std::int64_t i = 0; i < experts_ * rows_ * cols_; ++i) {
-      std::uint8_t c;
-      if (spec_.values == Values::kRandom) {
-        do c = static_cast<std::uint8_t>(random.below(is_fp4(f) ? 16 : 256));
-        while (std::isnan(code.decode(c)));
-      } else {
-        c = code.encode(static_cast<double>(random.below(7) - 3));
-      }
-      codes.push_back(c);
-    }
-    if (f.kind == QuantKind::kFp8 && f.granularity == Granularity::kBlock128) {
-      block_cols = 128;
-      block_rows = spec_.is_x() ? 1 : 128;
-    } else if (f.kind != QuantKind::kFp8) {
-      block_cols = f.kind == QuantKind::kNvfp4 ? 16 : 32;
-    }
-    auto blocks = [](std::int64_t n, std::int64_t block) { return block ? (n + block - 1) / block : 1; };
-    scales = Array({experts_, is_tensor() ? 1 : blocks(rows_, block_rows), blocks(cols_, block_cols)});
-    const DType type = f.scale_dtype();
-    for (std::int64_t i = 0; i < scales.size(); ++i) {
-      const double near_one = std::ldexp(1.0, static_cast<int>(random.below(3)) - 1);
-      if (spec_.values == Values::kExtreme && type == DType::kE8M0) {
-        constexpr int kExponents[] = {-100, -61, 0, 62, 100};
-        scales[i] = std::ldexp(near_one, kExponents[i / scales.shape[2] % 5]);
-      } else if (spec_.values != Values::kRandom) {
-        scales[i] = near_one;
-      } else if (type == DType::kE8M0) {
-        scales[i] = std::ldexp(1.0, static_cast<int>(random.below(13)) - 6);
-      } else if (type == DType::kE4M3) {
-        scales[i] = oracle::SmallFloat::e4m3().decode(static_cast<std::uint8_t>(random.below(0x7F)));
-      } else {
-        scales[i] = oracle::round_to(DType::kF32, random.uniform(0.001, 2));
-      }
-    }
-    if (f.kind == QuantKind::kNvfp4 && spec_.global != Global::kNone) {
-      global = Array({spec_.global == Global::kPerExpert ? experts_ : 1});
-      for (double& g : global.values)
-        g = integers ? std::ldexp(1.0, static_cast<int>(random.below(4)) - 1)
-                     : oracle::round_to(DType::kF32, random.uniform(0.1, 3000));
-    }
-  }
-
-  Spec spec_;
-  std::int64_t experts_ = 1, rows_ = 0, cols_ = 0;
-  std::optional<Tensor> data_, scales_, global_;
-};
 
 struct GemmCase {
   std::vector<std::int64_t> counts;  // rows of each expert
@@ -376,7 +126,7 @@ class GroupedGemmQuantized : public OnDeviceDType {
   }
 
   void for_all_pairs(const GemmCase& c, Values kind) {
-    for (const FormatPair& p : pairs()) expect_gemm(p, c, kind);
+    for (const FormatPair& p : format_pairs()) expect_gemm(p, c, kind);
   }
 };
 
@@ -412,7 +162,7 @@ TEST_P(GroupedGemmQuantized, ExactOnIntegersForAnyLayout) {
 
 TEST_P(GroupedGemmQuantized, GlobalScaleForNoneOneOrEachExpert) {
   for (Global global : {Global::kNone, Global::kOne, Global::kPerExpert})
-    for (const FormatPair& p : pairs()) {
+    for (const FormatPair& p : format_pairs()) {
       const GemmCase c{.counts = {5, 0, 2, 1}, .n = 40, .k = 96, .gather = true, .global = global};
       expect_gemm(p, c, Values::kIntegers);
       expect_gemm(p, c, Values::kRandom);
@@ -427,7 +177,7 @@ TEST_P(GroupedGemmQuantized, RandomWithinTheBound) {
 }
 
 TEST_P(GroupedGemmQuantized, ExtremeScales) {
-  for (const FormatPair& p : pairs())
+  for (const FormatPair& p : format_pairs())
     if (has_e8m0(p.x) || has_e8m0(p.weights))
       expect_gemm(p, {.counts = {1, 0, 9}, .n = 37, .k = 130}, Values::kExtreme);
 }
@@ -439,7 +189,7 @@ TEST_P(GroupedGemmQuantized, NoDepthGivesTheBias) {
 }
 
 TEST_P(GroupedGemmQuantized, BiasRowWeightsAndActivation) {
-  for (const FormatPair& p : pairs()) {
+  for (const FormatPair& p : format_pairs()) {
     for (DType bias : {DType::kF32, dtype()}) {
       GemmCase c{.counts = {1, 6, 0, 21}, .n = 50, .k = 136, .spare_rows = 2, .gather = true, .bias = bias};
       c.row_weights = true;
@@ -465,7 +215,7 @@ TEST_P(GroupedGemmQuantized, BiasRowWeightsAndActivation) {
 TEST_P(GroupedGemmQuantized, NanStaysInItsRowAndColumn) {
   const std::int64_t num_experts = 2, n = 140, k = 256, num_rows = 5, bad_row = 3, bad_col = 129;
   const Array offsets({num_experts + 1}, {0, 2, 5});
-  for (const FormatPair& p : pairs())
+  for (const FormatPair& p : format_pairs())
     for (bool in_scales : {false, true}) {
       SCOPED_TRACE(::testing::Message() << p.name << (in_scales ? " scales" : " codes"));
       Random random(3);
@@ -502,7 +252,7 @@ TEST_P(GroupedGemmQuantized, BitsDoNotDependOnThreadsOrRepeats) {
   const std::int64_t num_experts = 6, n = 200, k = 334, num_rows = 90;
   const Array offsets({num_experts + 1}, {0, 1, 1, 20, 25, 80, 88});
   const Tensor offset_tensor(device(), DType::kI32, offsets);
-  for (const FormatPair& p : pairs()) {
+  for (const FormatPair& p : format_pairs()) {
     SCOPED_TRACE(p.name);
     Random random(8);
     Operand x({.format = p.x, .float_type = dtype(), .shape = {num_rows, k}, .values = Values::kRandom},

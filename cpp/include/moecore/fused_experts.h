@@ -7,6 +7,8 @@
 
 #include "moecore/activate.h"
 #include "moecore/context.h"
+#include "moecore/grouped_gemm.h"
+#include "moecore/quantize.h"
 
 namespace [[gnu::visibility("default")]] moecore {
 
@@ -17,10 +19,18 @@ struct Experts {
   std::optional<TensorView> w13_bias{};  // [E, 2I] f32 or the weights' dtype
   std::optional<TensorView> w2_bias{};   // [E, H]
   Activation activation{};               // its order says how gate and up rows stand in w13
+  /// Quantised weights: w13 and w2 are codes of one format. See OperandScales.
+  std::optional<OperandScales> w13_scales{};
+  std::optional<OperandScales> w2_scales{};
 
   std::int64_t num_experts() const { return w13.shape[0]; }
-  std::int64_t hidden() const { return w13.shape[2]; }
-  std::int64_t inter() const { return w2.shape[2]; }
+  std::int64_t hidden() const { return elements(w13, w13_scales); }
+  std::int64_t inter() const { return elements(w2, w2_scales); }
+
+ private:
+  static std::int64_t elements(const TensorView& w, const std::optional<OperandScales>& s) {
+    return s && w.dtype == DType::kU8 ? w.shape[2] * 8 / bit_width(s->format.data_dtype()) : w.shape[2];
+  }
 };
 
 struct FusedExpertsOptions {
@@ -31,11 +41,19 @@ struct FusedExpertsOptions {
   bool apply_router_weight_on_input = false;
   /// [T,H] of out's dtype, added in f32 by finalize: a residual or a shared expert's output.
   std::optional<TensorView> residual{};
+  /// What x, and the activated rows between the products, are quantised to: a pair with the weights' format
+  /// as grouped_gemm() takes it. The layout is the layer's own affair.
+  std::optional<QuantFormat> x_format{};
+  /// Of x and of the rows between the products: fp8_tensor_static's scale f32 [1,1], nvfp4's g f32 [1].
+  std::optional<TensorView> x_scale{};
+  std::optional<TensorView> inter_scale{};
 };
 
-/// x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> out [T,H]. x, w13, w2 and out share one dtype of
-/// f32|bf16|f16. Bit for bit the composition plan, grouped_gemm (gather and activation fused), grouped_gemm,
-/// finalize. Routes whose id is not local are dropped. Needs fused_experts_workspace_bytes of workspace.
+/// x [T,H], weights f32|f16|bf16 [T,K], ids i32|i64 [T,K] -> out [T,H]. x and out share one dtype of
+/// f32|bf16|f16, and w13 and w2 too unless they are quantised. Bit for bit the composition plan, [quantize,]
+/// grouped_gemm (gather and activation fused), [quantize,] grouped_gemm, finalize; the rows between the
+/// products have x's dtype before they are quantised. A dynamic scale of fp8 tensor covers all tokens, then
+/// all rows. Routes whose id is not local are dropped. Needs fused_experts_workspace_bytes of workspace.
 void fused_experts(const TensorView& x, const TensorView& weights, const TensorView& ids,
                    const Experts& experts, const TensorView& out, const FusedExpertsOptions& options = {},
                    const ExecContext& ctx = {});
@@ -43,7 +61,9 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
 /// A pure function of the shapes: enough for every routing of T tokens to K experts each.
 std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k,
                                           std::int64_t num_experts, std::int64_t hidden, std::int64_t inter,
-                                          DType dtype, Device device);
+                                          DType dtype, Device device,
+                                          const std::optional<QuantFormat>& x_format = {},
+                                          const std::optional<QuantFormat>& weight_format = {});
 
 /// dst[e,n,k] = src[e,k,n]: brings transposed checkpoints ([E,H,2I], [E,I,H]) to the layout of `Experts`.
 /// Works on any slice of experts, so a caller can convert one expert at a time into its own buffer.

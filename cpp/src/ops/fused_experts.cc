@@ -4,6 +4,7 @@
 #include "moecore/fused_experts.h"
 
 #include <algorithm>
+#include <string>
 
 #include "core/check.h"
 #include "core/table.h"
@@ -11,9 +12,11 @@
 #include "moecore/grouped_gemm.h"
 #include "moecore/permute.h"
 #include "moecore/plan.h"
+#include "moecore/quantize.h"
 #include "ops/activate.h"
 #include "ops/finalize.h"
 #include "ops/grouped_gemm.h"
+#include "ops/quantize.h"
 
 namespace moecore {
 namespace {
@@ -22,15 +25,30 @@ std::size_t align_up(std::size_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
+// The operand of a product as quantize() leaves it: one row of codes and scales for each row of a matrix.
+struct QuantizedRows {
+  TensorView codes, scales;
+};
+
+// What the layer quantises to: scales in the layout that the products read, f32 where they are powers of two
+// of a 128-block.
+QuantFormat layer_format(QuantFormat f) {
+  f.layout = ScaleLayout::kLinear;
+  f.e8m0_scales = false;
+  return f;
+}
+
 // The tensors of one call inside the workspace. Built over a null base to learn the size.
 struct Layout {
   Plan plan;
   TensorView row_weights, inter_rows, out_rows;
+  QuantizedRows x, inter;        // with an x_format
   std::span<std::byte> scratch;  // shared by the ops, which run one after the other
   std::size_t bytes = 0;
 
   Layout(std::byte* base, std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts,
-         std::int64_t hidden, std::int64_t inter, DType dtype, DType weight_dtype, Device device) {
+         std::int64_t hidden, std::int64_t width, DType dtype, DType weight_dtype, Device device,
+         const std::optional<QuantFormat>& x_format, const std::optional<QuantFormat>& weight_format) {
     auto take = [&](DType d, std::initializer_list<std::int64_t> shape) {
       void* data = base ? base + bytes : nullptr;
       TensorView t = TensorView::dense(data, d, shape, device);
@@ -44,25 +62,73 @@ struct Layout {
     plan.slot_row = take(DType::kI32, {num_tokens, top_k});
     plan.row_route = take(DType::kI32, {rows});
     row_weights = take(weight_dtype, {rows, 1});
-    inter_rows = take(dtype, {rows, inter});
+    inter_rows = take(dtype, {rows, width});
     out_rows = take(dtype, {rows, hidden});
-    // 2*inter bounds the first GEMM's width for gated and plain activations alike.
+    auto take_quantized = [&](std::int64_t m, std::int64_t cols) -> QuantizedRows {
+      const QuantFormat f = layer_format(*x_format);
+      const auto [scale_rows, scale_cols] = scale_shape(f, m, cols);
+      return {take(DType::kU8, {m, cols * bit_width(f.data_dtype()) / 8}),
+              take(f.scale_dtype(), {scale_rows, scale_cols})};
+    };
+    if (x_format) {
+      x = take_quantized(num_tokens, hidden);
+      inter = take_quantized(rows, width);
+    }
+    auto gemm_bytes = [&](std::int64_t n, std::int64_t k) {
+      return grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, device, x_format, weight_format);
+    };
+    // 2 * width bounds the first GEMM's rows of weights for gated and plain activations alike.
     const std::size_t scratch_bytes =
-        std::max({plan_workspace_bytes(num_tokens, top_k, num_experts, device),
-                  grouped_gemm_workspace_bytes(rows, 2 * inter, hidden, num_experts, dtype, device),
-                  grouped_gemm_workspace_bytes(rows, inter, hidden, num_experts, dtype, device),
-                  grouped_gemm_workspace_bytes(rows, hidden, inter, num_experts, dtype, device)});
+        std::max({plan_workspace_bytes(num_tokens, top_k, num_experts, device), gemm_bytes(2 * width, hidden),
+                  gemm_bytes(width, hidden), gemm_bytes(hidden, width)});
     scratch = {base ? base + bytes : nullptr, scratch_bytes};
     bytes += align_up(scratch_bytes);
   }
 };
 
+// The formats of the layer: scales of both matrices, then what x and the inter rows are quantised to. Returns
+// that of the weights.
+std::optional<QuantFormat> check_formats(const Check& check, const TensorView& w13, const TensorView& w2,
+                                         const Experts& experts, const FusedExpertsOptions& options) {
+  const std::optional<OperandScales>&s13 = experts.w13_scales, &s2 = experts.w2_scales;
+  if (s13) check_operand_scales(check, "w13_scales", *s13, w13);
+  if (s2) check_operand_scales(check, "w2_scales", *s2, w2);
+  const FormPair forms{form_of(options.x_format), form_of(s13)};
+  if (form_of(s2) != forms.weights)
+    check.fail("w2_scales.format", name(form_of(s2)), "that of w13, " + std::string(name(forms.weights)));
+  check_forms(check, "x_format x w13_scales.format", forms);
+
+  const bool is_static = options.x_format && options.x_format->static_scale;
+  auto check_scale = [&](std::string_view arg, const std::optional<TensorView>& scale) {
+    if (!scale) {
+      if (is_static) check.fail(arg, "missing", "f32 [1,1] for a static scale");
+    } else if (is_static) {
+      check.tensor(arg, *scale, F32Type::kRows, 2);
+      check.dim(arg, *scale, 0, 1, "a static scale");
+      check.dim(arg, *scale, 1, 1, "a static scale");
+    } else {
+      check.that(forms.x == OperandForm::kNvfp4, arg, 1, "none (it belongs to fp8_tensor_static and nvfp4)");
+      check.tensor(arg, *scale, F32Type::kRows, 1);
+      check.dim(arg, *scale, 0, 1, "a global scale");
+    }
+  };
+  check_scale("x_scale", options.x_scale);
+  check_scale("inter_scale", options.inter_scale);
+  if (forms.x == OperandForm::kNvfp4)
+    check.that(w2.shape[2] % 2 == 0, "w2.shape[2]", w2.shape[2], "an even number of e2m1 elements");
+  return s13 ? std::optional(s13->format) : std::nullopt;
+}
+
 }  // namespace
 
 std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k,
                                           std::int64_t num_experts, std::int64_t hidden, std::int64_t inter,
-                                          DType dtype, Device device) {
-  return Layout(nullptr, num_tokens, top_k, num_experts, hidden, inter, dtype, DType::kF32, device).bytes;
+                                          DType dtype, Device device,
+                                          const std::optional<QuantFormat>& x_format,
+                                          const std::optional<QuantFormat>& weight_format) {
+  return Layout(nullptr, num_tokens, top_k, num_experts, hidden, inter, dtype, DType::kF32, device, x_format,
+                weight_format)
+      .bytes;
 }
 
 void fused_experts(const TensorView& x, const TensorView& weights, const TensorView& ids,
@@ -72,11 +138,11 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   check.tensor("x", x, GroupedGemmTypes::kRows, 2);
   check.tensor("weights", weights, WeightTypes::kRows, 2);
   check.tensor("ids", ids, IndexTypes::kRows, 2);
-  check.tensor("w13", experts.w13, GroupedGemmTypes::kRows, 3);
-  check.tensor("w2", experts.w2, GroupedGemmTypes::kRows, 3);
+  const TensorView w13 = check_operand(check, "w13", experts.w13, 3, experts.w13_scales);
+  const TensorView w2 = check_operand(check, "w2", experts.w2, 3, experts.w2_scales);
   check.tensor("out", out, GroupedGemmTypes::kRows, 2, Check::Access::kOut);
-  check.same_dtype("w13", experts.w13, "x", x);
-  check.same_dtype("w2", experts.w2, "x", x);
+  if (!experts.w13_scales) check.same_dtype("w13", w13, "x", x);
+  if (!experts.w2_scales) check.same_dtype("w2", w2, "x", x);
   check.same_dtype("out", out, "x", x);
   const std::int64_t num_tokens = x.shape[0], hidden = x.shape[1], top_k = ids.shape[1];
   const std::int64_t num_experts = experts.num_experts(), inter = experts.inter();
@@ -84,10 +150,11 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   check.dim("ids", ids, 0, num_tokens, "num_tokens");
   check.dim("weights", weights, 0, num_tokens, "num_tokens");
   check.dim("weights", weights, 1, top_k, "top_k");
-  check.dim("w13", experts.w13, 2, hidden, "hidden");
-  check.dim("w13", experts.w13, 1, width, experts.activation.gated() ? "2 * inter" : "inter");
-  check.dim("w2", experts.w2, 0, num_experts, "num_experts");
-  check.dim("w2", experts.w2, 1, hidden, "hidden");
+  check.dim("w13", w13, 2, hidden, "hidden");
+  check.dim("w13", w13, 1, width, experts.activation.gated() ? "2 * inter" : "inter");
+  check.dim("w2", w2, 0, num_experts, "num_experts");
+  check.dim("w2", w2, 1, hidden, "hidden");
+  const std::optional<QuantFormat> weight_format = check_formats(check, w13, w2, experts, options);
   check.dim("out", out, 0, num_tokens, "num_tokens");
   check.dim("out", out, 1, hidden, "hidden");
   check_activation(check, experts.activation);
@@ -110,11 +177,11 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     check.dim("residual", *options.residual, 0, num_tokens, "num_tokens");
     check.dim("residual", *options.residual, 1, hidden, "hidden");
   }
-  check.workspace(
-      fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, x.dtype, ctx.device));
+  check.workspace(fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, x.dtype,
+                                                ctx.device, options.x_format, weight_format));
 
   Layout layout(ctx.workspace.data(), num_tokens, top_k, num_experts, hidden, inter, x.dtype, weights.dtype,
-                ctx.device);
+                ctx.device, options.x_format, weight_format);
   if (!options.apply_router_weight_on_input) layout.plan.row_route.reset();
   ExecContext inner = ctx;
   inner.workspace = layout.scratch;
@@ -123,17 +190,36 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
        {.num_experts = num_experts, .expert_map = options.expert_map, .first_expert = options.first_expert},
        inner);
 
-  GroupedGemmOptions gemm1{
-      .bias = experts.w13_bias, .row_token = layout.plan.row_token, .activation = experts.activation};
+  GroupedGemmOptions gemm1{.bias = experts.w13_bias,
+                           .row_token = layout.plan.row_token,
+                           .activation = experts.activation,
+                           .weight_scales = experts.w13_scales};
   if (options.apply_router_weight_on_input) {
     const std::int64_t routes = num_tokens * top_k;
     TensorView route_weights = TensorView::dense(weights.data, weights.dtype, {routes, 1}, ctx.device);
     shuffle_rows(route_weights, *layout.plan.row_route, layout.row_weights, inner);
     gemm1.row_weights = TensorView::dense(layout.row_weights.data, weights.dtype, {routes}, ctx.device);
   }
-  grouped_gemm(x, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
-  grouped_gemm(layout.inter_rows, experts.w2, layout.plan.expert_offsets, layout.out_rows,
-               {.bias = experts.w2_bias, .offsets_settled = true}, inner);
+  GroupedGemmOptions gemm2{
+      .bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
+  // `rows` as the operand of a product that takes it quantised; `scale` is a static fp8 scale or nvfp4's g.
+  auto quantized = [&](const TensorView& rows, const QuantizedRows& to,
+                       const std::optional<TensorView>& scale, const ExpertRows& which,
+                       GroupedGemmOptions& gemm) {
+    const QuantFormat f = layer_format(*options.x_format);
+    gemm.x_scales = OperandScales{f, f.static_scale ? *scale : to.scales};
+    if (f.kind == QuantKind::kNvfp4) gemm.x_scales->global_scale = scale;
+    quantize(rows, to.codes, gemm.x_scales->scales, f,
+             {.rows = which, .global_scale = gemm.x_scales->global_scale}, inner);
+    return to.codes;
+  };
+  const TensorView operand1 = options.x_format ? quantized(x, layout.x, options.x_scale, {}, gemm1) : x;
+  grouped_gemm(operand1, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  const TensorView operand2 = options.x_format
+                                  ? quantized(layout.inter_rows, layout.inter, options.inter_scale,
+                                              {.expert_offsets = layout.plan.expert_offsets}, gemm2)
+                                  : layout.inter_rows;
+  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, inner);
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

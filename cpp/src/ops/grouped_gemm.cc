@@ -12,16 +12,11 @@
 #include "ops/quantize.h"
 
 namespace moecore {
-namespace {
 
-constexpr std::string_view name(OperandForm form) {
+std::string_view name(OperandForm form) {
   constexpr std::string_view kNames[] = {"f32|f16|bf16", "fp8_tensor", "fp8_token", "fp8_block128",
                                          "mxfp8",        "nvfp4",      "mxfp4"};
   return kNames[static_cast<int>(form)];
-}
-
-std::string name(const FormPair& pair) {
-  return std::string(name(pair.x)) + " x " + std::string(name(pair.weights));
 }
 
 OperandForm form_of(const std::optional<OperandScales>& scales) {
@@ -32,16 +27,14 @@ OperandForm form_of(const std::optional<QuantFormat>& format) {
   return format ? operand_form(*format) : OperandForm::kFloat;
 }
 
-FormPair check_forms(const Check& check, FormPair pair) {
-  if (std::ranges::find(GemmForms::kRows, pair) == GemmForms::kRows.end()) {
-    std::string supported;
-    for (const FormPair& row : GemmForms::kRows) supported += (supported.empty() ? "" : ", ") + name(row);
-    check.fail("x_scales x weight_scales", name(pair), "one of " + supported);
-  }
-  return pair;
+void check_forms(const Check& check, std::string_view arg, FormPair pair) {
+  if (std::ranges::find(GemmForms::kRows, pair) != GemmForms::kRows.end()) return;
+  auto text = [](const FormPair& p) { return std::string(name(p.x)) + " x " + std::string(name(p.weights)); };
+  std::string supported;
+  for (const FormPair& row : GemmForms::kRows) supported += (supported.empty() ? "" : ", ") + text(row);
+  check.fail(arg, text(pair), "one of " + supported);
 }
 
-/// The scales of `codes`, an operand as elements: x [X,K] or weights [E,N,K].
 OperandScalesRef check_operand_scales(const Check& check, const std::string& arg, const OperandScales& s,
                                       const TensorView& codes) {
   const bool is_x = codes.ndim == 2;
@@ -97,7 +90,6 @@ OperandScalesRef check_operand_scales(const Check& check, const std::string& arg
   return ref;
 }
 
-/// An operand as elements: of a float dtype, or the codes of its format.
 TensorView check_operand(const Check& check, std::string_view arg, const TensorView& t, int ndim,
                          const std::optional<OperandScales>& scales) {
   if (!scales) {
@@ -119,8 +111,6 @@ TensorView check_operand(const Check& check, std::string_view arg, const TensorV
   return elements;
 }
 
-}  // namespace
-
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, Device device,
                                          const std::optional<QuantFormat>& x_format,
@@ -134,7 +124,8 @@ std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std:
 void grouped_gemm(const TensorView& x_arg, const TensorView& weights_arg, const TensorView& expert_offsets,
                   const TensorView& out, const GroupedGemmOptions& options, const ExecContext& ctx) {
   const Check check("grouped_gemm", ctx);
-  const FormPair forms = check_forms(check, {form_of(options.x_scales), form_of(options.weight_scales)});
+  const FormPair forms{form_of(options.x_scales), form_of(options.weight_scales)};
+  check_forms(check, "x_scales.format x weight_scales.format", forms);
   const TensorView x = check_operand(check, "x", x_arg, 2, options.x_scales);
   const TensorView weights = check_operand(check, "weights", weights_arg, 3, options.weight_scales);
   check.tensor("expert_offsets", expert_offsets, I32Type::kRows, 1);

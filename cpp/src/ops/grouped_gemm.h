@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <string_view>
 
 #include "core/table.h"
 #include "moecore/activate.h"
@@ -11,6 +13,8 @@
 #include "ops/backend.h"
 
 namespace moecore {
+
+class Check;
 
 using GroupedGemmTypes = FloatTypes;  // of x, weights and out
 
@@ -131,6 +135,20 @@ struct GroupedGemmProblem {
   void* out = nullptr;  // [R, n] or [R, n/2]
   std::int64_t out_stride = 0;
 };
+
+// The parts of grouped_gemm's validation that fused_experts has in common with it.
+
+std::string_view name(OperandForm form);
+OperandForm form_of(const std::optional<QuantFormat>& format);
+OperandForm form_of(const std::optional<OperandScales>& scales);
+/// Refuses a pair that cannot be multiplied, with the list of those that can.
+void check_forms(const Check& check, std::string_view arg, FormPair pair);
+/// An operand as elements: of a float dtype, or the codes of its format.
+TensorView check_operand(const Check& check, std::string_view arg, const TensorView& t, int ndim,
+                         const std::optional<OperandScales>& scales);
+/// The scales of `codes`, an operand as elements: x [X,K] or weights [E,N,K].
+OperandScalesRef check_operand_scales(const Check& check, const std::string& arg, const OperandScales& s,
+                                      const TensorView& codes);
 
 namespace cpu {
 BackendFn<GroupedGemmProblem> grouped_gemm;
