@@ -264,7 +264,7 @@ class _CudaSpace(Space):
 
         def replay() -> float:
             with torch.cuda.stream(stream):
-                torch.sum(self._flush, dtype=torch.int64, out=self._sink)
+                torch.sum(self._flush, (0,), dtype=torch.int64, out=self._sink)
                 begin.record()
                 graph.replay()
                 end.record()
