@@ -52,6 +52,8 @@ void bind_info(nb::module_& m) {
   m.def("cpu_isas", &cpu_isas);
   m.def("cpu_threads", &cpu_threads);
   m.def("supported", &supported, "op"_a);
+  m.def("check_tuning", &check_tuning, "path"_a,
+        "Reads a file as MOECORE_TUNING does; returns how many launch policies it holds.");
   nb::class_<Roof>(m, "Roof", "Measured ceilings of a device.")
       .def_ro("read_bytes_per_s", &Roof::read_bytes_per_s)
       .def_ro("f32_flop_per_s", &Roof::f32_flop_per_s)

@@ -1,6 +1,7 @@
 #include "op_call.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -13,6 +14,8 @@ namespace {
 
 std::atomic<int> num_threads{0};
 PyObject* log_sink = nullptr;  // callable(op, reasons) or null; guarded by the interpreter lock
+// ExecContext::policy of every call; guarded by the interpreter lock.
+std::string policy;
 // What this thread's explain() collects.
 thread_local std::string* explained = nullptr;
 
@@ -77,6 +80,10 @@ OpCall::OpCall(const char* op, const TensorArg& first, StreamArg stream)
     : op_(op), explaining_(explained != nullptr) {
   ctx_.device = first.view.device;
   ctx_.num_threads = num_threads.load(std::memory_order_relaxed);
+  if (!policy.empty()) {
+    policy_ = policy;
+    ctx_.policy = policy_;
+  }
   if (ctx_.device.type == DeviceType::kCUDA) ctx_.stream = stream_of(op, stream, first, ctx_.device);
 }
 
@@ -143,6 +150,10 @@ void bind_call_settings(nb::module_& m) {
       nb::arg("num_threads"),
       "CPU threads that ops use; 0 means MOECORE_NUM_THREADS, else every available CPU.");
   m.def("get_num_threads", [] { return num_threads.load(); });
+  m.def(
+      "set_policy", [](std::string_view text) { policy = text; }, nb::arg("policy"),
+      "Replaces fields of CUDA launch policies in every call that follows: \"finalize.slots=4\"; \"\" ends "
+      "it.");
   m.def(
       "release_scratch", [] { scratch.release(); },
       "Frees the CPU workspace that this thread keeps between calls.");

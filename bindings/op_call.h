@@ -53,10 +53,12 @@ class OpCall {
 
   const char* op_;
   ExecContext ctx_;
+  std::string policy_;  // what ctx_.policy refers to
   bool explaining_;
 };
 
-/// explain_begin(), explain_end(), set_log_sink(), set_num_threads(), get_num_threads(), release_scratch().
+/// explain_begin(), explain_end(), set_log_sink(), set_num_threads(), get_num_threads(), set_policy(),
+/// release_scratch().
 void bind_call_settings(nb::module_& m);
 
 }  // namespace moecore::python

@@ -186,5 +186,29 @@ TEST(PolicyOverride, ReplacesNamedFieldsAndRefusesOthers) {
   EXPECT_EQ(threads, 128);
 }
 
+TEST(PolicyOverride, TakesEntriesOfItsOwnOpAndLeavesOthersAlone) {
+  int threads = 256;
+  const auto apply = [&](std::string_view text) {
+    cuda::override_policy("op", text, {{"threads", &threads, {64, 128, 256}}});
+  };
+  apply("other.threads=64 other.depth=9 op.threads=128");
+  EXPECT_EQ(threads, 128);
+  EXPECT_THROW(apply("op.depth=9"), InvalidArgument);
+}
+
+TEST(PolicyTuning, ALineHoldsWhereEveryConditionDoes) {
+  using Relation = TuningRule::Relation;
+  const TuningRule rule{.op = "op",
+                        .conditions = {{&TuningSizes::rows, Relation::kAtLeast, 8},
+                                       {&TuningSizes::rows, Relation::kAtMost, 64},
+                                       {&TuningSizes::sms, Relation::kEqual, 132}},
+                        .policy = "threads=128"};
+  for (std::int64_t rows : {0, 7, 8, 64, 65})
+    for (std::int64_t sms : {131, 132, 133})
+      EXPECT_EQ(rule.matches({.rows = rows, .sms = sms}), rows >= 8 && rows <= 64 && sms == 132)
+          << rows << " rows, " << sms << " SMs";
+  EXPECT_TRUE(TuningRule{}.matches({}));
+}
+
 }  // namespace
 }  // namespace moecore::test

@@ -23,7 +23,8 @@ struct ExecContext {
   /// without running anything.
   std::string* explain = nullptr;
   /// For tuning: replaces fields of the op's CUDA launch policy, as in "threads=128 unroll=2". A name or
-  /// value that is not on offer throws InvalidArgument with those that are.
+  /// value that is not on offer throws InvalidArgument with those that are. "finalize.slots=4" is for that op
+  /// alone, wherever it runs inside another one. MOECORE_TUNING names a file that does the same by size.
   std::string_view policy{};
 };
 

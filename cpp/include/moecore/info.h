@@ -40,4 +40,8 @@ struct Roof {
 };
 Roof measure_roof(Device device);
 
+/// Reads a file as MOECORE_TUNING does and returns how many launch policies it holds. Throws InvalidArgument
+/// that names file and line.
+int check_tuning(const std::string& path);
+
 }  // namespace moecore

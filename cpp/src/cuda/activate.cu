@@ -91,10 +91,15 @@ std::string describe(const ActivatePolicy& policy) {
 
 void activate(const ActivateProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("activate", ctx);
-  ActivatePolicy policy = select_activate_policy(p, device.num_sms, device.max_threads_per_sm);
-  override_policy(
-      "activate", ctx.policy,
-      {{"vectors", &policy.vectors, {0, policy.vectors}}, {"threads", &policy.threads, {64, 128, 256}}});
+  const TuningSizes sizes{
+      .rows = p.rows, .width = p.inter, .sms = device.num_sms, .capability = device.compute_capability};
+  const ActivatePolicy policy = tuned("activate", sizes, ctx, [&](std::string_view text) {
+    ActivatePolicy chosen = select_activate_policy(p, device.num_sms, device.max_threads_per_sm);
+    override_policy(
+        "activate", text,
+        {{"vectors", &chosen.vectors, {0, chosen.vectors}}, {"threads", &chosen.threads, {64, 128, 256}}});
+    return chosen;
+  });
   if (explained(ctx, "activate", [&] { return describe(policy); })) return;
   if (p.rows == 0 || p.inter == 0) return;
 

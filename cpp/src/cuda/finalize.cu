@@ -252,11 +252,18 @@ std::string describe(const FinalizePolicy& policy) {
 
 void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("finalize", ctx);
-  FinalizePolicy policy = select_finalize_policy(p, device.num_sms);
-  override_policy("finalize", ctx.policy,
-                  {{"vectors", &policy.vectors, {0, policy.vectors}},
-                   {"slots", &policy.slots, {1, 2, 4, 8}},
-                   {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
+  const TuningSizes sizes{.rows = p.num_tokens,
+                          .width = p.hidden,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  const FinalizePolicy policy = tuned("finalize", sizes, ctx, [&](std::string_view text) {
+    FinalizePolicy chosen = select_finalize_policy(p, device.num_sms);
+    override_policy("finalize", text,
+                    {{"vectors", &chosen.vectors, {0, chosen.vectors}},
+                     {"slots", &chosen.slots, {1, 2, 4, 8}},
+                     {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
+    return chosen;
+  });
   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
   if (p.num_tokens == 0 || p.hidden == 0) return;
 

@@ -41,12 +41,21 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device) {
 }
 
 sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
-  sm90::Policy policy = sm90::select_policy(p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
-  override_policy("grouped_gemm", ctx.policy,
-                  {{"prefill", &policy.prefill, {0, 1}},
-                   {"max_tokens", &policy.max_tokens, {8, 16, 24, 32, 64, 96, 128, 144, 160, 176}},
-                   {"stream_k", &policy.stream_k, {0, 1}},
-                   {"evict_weights", &policy.evict_weights, {0, 1}}});
+  const TuningSizes sizes{.rows = p.num_rows,
+                          .width = p.n,
+                          .depth = p.k,
+                          .experts = p.num_experts,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  sm90::Policy policy = tuned("grouped_gemm", sizes, ctx, [&](std::string_view text) {
+    sm90::Policy chosen = sm90::select_policy(p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
+    override_policy("grouped_gemm", text,
+                    {{"prefill", &chosen.prefill, {0, 1}},
+                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 128, 144, 160, 176}},
+                     {"stream_k", &chosen.stream_k, {0, 1}},
+                     {"evict_weights", &chosen.evict_weights, {0, 1}}});
+    return chosen;
+  });
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
   policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
