@@ -78,6 +78,6 @@ NB_MODULE(_core, m) {
   bind_retagged(m);
   bind_call_settings(m);
   bind_info(m);
+  bind_quantize(m);  // QuantFormat, which ops take
   bind_ops(m);
-  bind_quantize(m);
 }

@@ -202,6 +202,32 @@ void bind_activate(nb::module_& m) {
       "limit"_a = nb::none(), "expert_offsets"_a = nb::none(), "stream"_a = nb::none());
 }
 
+using OptionalFormat = std::optional<QuantFormat>;
+
+// The scales of an operand with a format; what belongs together must come together.
+std::optional<OperandScales> operand_scales(const OpCall& call, const char* op, const char* format_name,
+                                            const OptionalFormat& format, const char* scales_name,
+                                            const OptionalTensor& scales, const char* global_name,
+                                            const OptionalTensor& global_scale) {
+  const auto scales_view = call.in(scales_name, scales), global_view = call.in(global_name, global_scale);
+  if (!format) {
+    if (scales_view || global_view)
+      throw InvalidArgument(std::string(op) + ": " + format_name + " is None, expected a format with " +
+                            (scales_view ? scales_name : global_name));
+    return {};
+  }
+  if (!scales_view)
+    throw InvalidArgument(std::string(op) + ": " + scales_name + " is None, expected scales with " +
+                          format_name);
+  return OperandScales{*format, *scales_view, global_view};
+}
+
+// Elements in a row of an operand: bytes hold two codes of fp4.
+std::int64_t depth_of(const TensorView& t, const OptionalFormat& format) {
+  const std::int64_t k = t.shape[t.ndim - 1];
+  return format && t.dtype == DType::kU8 ? k * 8 / bit_width(format->data_dtype()) : k;
+}
+
 void bind_grouped_gemm(nb::module_& m) {
   m.def(
       "grouped_gemm",
@@ -209,7 +235,9 @@ void bind_grouped_gemm(nb::module_& m) {
          const OptionalTensor& bias, const OptionalTensor& row_token,
          std::optional<std::string_view> activation, std::string_view order, OptionalFloat alpha,
          OptionalFloat beta, OptionalFloat limit, const OptionalTensor& row_weights,
-         const OptionalTensor& workspace, StreamArg stream) {
+         const OptionalFormat& x_format, const OptionalTensor& x_scales, const OptionalTensor& x_global_scale,
+         const OptionalFormat& weight_format, const OptionalTensor& weight_scales,
+         const OptionalTensor& weight_global_scale, const OptionalTensor& workspace, StreamArg stream) {
         OpCall call("grouped_gemm", x, stream);
         const TensorView &x_view = call.in("x", x), &weights_view = call.in("weights", weights),
                          &offsets_view = call.in("expert_offsets", expert_offsets),
@@ -217,12 +245,18 @@ void bind_grouped_gemm(nb::module_& m) {
         GroupedGemmOptions options{.bias = call.in("bias", bias),
                                    .row_token = call.in("row_token", row_token),
                                    .row_weights = call.in("row_weights", row_weights)};
+        options.x_scales = operand_scales(call, "grouped_gemm", "x_format", x_format, "x_scales", x_scales,
+                                          "x_global_scale", x_global_scale);
+        options.weight_scales =
+            operand_scales(call, "grouped_gemm", "weight_format", weight_format, "weight_scales",
+                           weight_scales, "weight_global_scale", weight_global_scale);
         if (activation)
           options.activation = parse_activation("grouped_gemm", *activation, order, alpha, beta, limit);
         const bool sized = weights_view.ndim == 3 && out_view.ndim == 2;
         call.workspace(workspace, sized ? grouped_gemm_workspace_bytes(
-                                              out_view.shape[0], weights_view.shape[1], weights_view.shape[2],
-                                              weights_view.shape[0], x_view.dtype, call.context().device)
+                                              out_view.shape[0], weights_view.shape[1],
+                                              depth_of(weights_view, weight_format), weights_view.shape[0],
+                                              out_view.dtype, call.context().device, x_format, weight_format)
                                         : 0);
         call.run([&](const ExecContext& ctx) {
           grouped_gemm(x_view, weights_view, offsets_view, out_view, options, ctx);
@@ -230,16 +264,19 @@ void bind_grouped_gemm(nb::module_& m) {
       },
       "x"_a, "weights"_a, "expert_offsets"_a, "out"_a, nb::kw_only(), "bias"_a = nb::none(),
       "row_token"_a = nb::none(), "activation"_a = nb::none(), "order"_a = "gate_up", "alpha"_a = nb::none(),
-      "beta"_a = nb::none(), "limit"_a = nb::none(), "row_weights"_a = nb::none(), "workspace"_a = nb::none(),
+      "beta"_a = nb::none(), "limit"_a = nb::none(), "row_weights"_a = nb::none(), "x_format"_a = nb::none(),
+      "x_scales"_a = nb::none(), "x_global_scale"_a = nb::none(), "weight_format"_a = nb::none(),
+      "weight_scales"_a = nb::none(), "weight_global_scale"_a = nb::none(), "workspace"_a = nb::none(),
       "stream"_a = nb::none());
   m.def(
       "grouped_gemm_workspace_bytes",
       [](std::int64_t rows, std::int64_t n, std::int64_t k, std::int64_t num_experts, std::string_view dtype,
-         std::string_view device) {
+         std::string_view device, const OptionalFormat& x_format, const OptionalFormat& weight_format) {
         return grouped_gemm_workspace_bytes(rows, n, k, num_experts, parse_dtype_name(dtype),
-                                            parse_device(device));
+                                            parse_device(device), x_format, weight_format);
       },
-      "rows"_a, "n"_a, "k"_a, "num_experts"_a, "dtype"_a, "device"_a = "cpu");
+      "rows"_a, "n"_a, "k"_a, "num_experts"_a, "dtype"_a, "device"_a = "cpu", "x_format"_a = nb::none(),
+      "weight_format"_a = nb::none());
 }
 
 void bind_finalize(nb::module_& m) {
@@ -266,8 +303,11 @@ void bind_fused_experts(nb::module_& m) {
          const TensorArg& w2, const TensorArg& out, std::string_view activation, std::string_view order,
          OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit, const OptionalTensor& w13_bias,
          const OptionalTensor& w2_bias, const OptionalTensor& expert_map, std::int64_t first_expert,
-         bool apply_router_weight_on_input, const OptionalTensor& residual, const OptionalTensor& workspace,
-         StreamArg stream) {
+         bool apply_router_weight_on_input, const OptionalTensor& residual, const OptionalFormat& x_format,
+         const OptionalTensor& x_scale, const OptionalTensor& inter_scale,
+         const OptionalFormat& weight_format, const OptionalTensor& w13_scales,
+         const OptionalTensor& w2_scales, const OptionalTensor& w13_global_scale,
+         const OptionalTensor& w2_global_scale, const OptionalTensor& workspace, StreamArg stream) {
         OpCall call("fused_experts", x, stream);
         const TensorView &x_view = call.in("x", x), &weights_view = call.in("weights", weights),
                          &ids_view = call.in("ids", ids), &out_view = call.in("out", out);
@@ -276,16 +316,23 @@ void bind_fused_experts(nb::module_& m) {
             .w2 = call.in("w2", w2),
             .w13_bias = call.in("w13_bias", w13_bias),
             .w2_bias = call.in("w2_bias", w2_bias),
-            .activation = parse_activation("fused_experts", activation, order, alpha, beta, limit)};
+            .activation = parse_activation("fused_experts", activation, order, alpha, beta, limit),
+            .w13_scales = operand_scales(call, "fused_experts", "weight_format", weight_format, "w13_scales",
+                                         w13_scales, "w13_global_scale", w13_global_scale),
+            .w2_scales = operand_scales(call, "fused_experts", "weight_format", weight_format, "w2_scales",
+                                        w2_scales, "w2_global_scale", w2_global_scale)};
         const FusedExpertsOptions options{.expert_map = call.in("expert_map", expert_map),
                                           .first_expert = first_expert,
                                           .apply_router_weight_on_input = apply_router_weight_on_input,
-                                          .residual = call.in("residual", residual)};
+                                          .residual = call.in("residual", residual),
+                                          .x_format = x_format,
+                                          .x_scale = call.in("x_scale", x_scale),
+                                          .inter_scale = call.in("inter_scale", inter_scale)};
         const bool sized = ids_view.ndim == 2 && experts.w13.ndim == 3 && experts.w2.ndim == 3;
-        call.workspace(workspace, sized ? fused_experts_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
-                                                                        experts.num_experts(),
-                                                                        experts.hidden(), experts.inter(),
-                                                                        x_view.dtype, call.context().device)
+        call.workspace(workspace, sized ? fused_experts_workspace_bytes(
+                                              ids_view.shape[0], ids_view.shape[1], experts.num_experts(),
+                                              experts.hidden(), experts.inter(), x_view.dtype,
+                                              call.context().device, x_format, weight_format)
                                         : 0);
         call.run([&](const ExecContext& ctx) {
           fused_experts(x_view, weights_view, ids_view, experts, out_view, options, ctx);
@@ -294,16 +341,21 @@ void bind_fused_experts(nb::module_& m) {
       "x"_a, "weights"_a, "ids"_a, "w13"_a, "w2"_a, "out"_a, nb::kw_only(), "activation"_a, "order"_a,
       "alpha"_a = nb::none(), "beta"_a = nb::none(), "limit"_a = nb::none(), "w13_bias"_a = nb::none(),
       "w2_bias"_a = nb::none(), "expert_map"_a = nb::none(), "first_expert"_a = 0,
-      "apply_router_weight_on_input"_a = false, "residual"_a = nb::none(), "workspace"_a = nb::none(),
-      "stream"_a = nb::none());
+      "apply_router_weight_on_input"_a = false, "residual"_a = nb::none(), "x_format"_a = nb::none(),
+      "x_scale"_a = nb::none(), "inter_scale"_a = nb::none(), "weight_format"_a = nb::none(),
+      "w13_scales"_a = nb::none(), "w2_scales"_a = nb::none(), "w13_global_scale"_a = nb::none(),
+      "w2_global_scale"_a = nb::none(), "workspace"_a = nb::none(), "stream"_a = nb::none());
   m.def(
       "fused_experts_workspace_bytes",
       [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts, std::int64_t hidden,
-         std::int64_t inter, std::string_view dtype, std::string_view device) {
+         std::int64_t inter, std::string_view dtype, std::string_view device, const OptionalFormat& x_format,
+         const OptionalFormat& weight_format) {
         return fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter,
-                                             parse_dtype_name(dtype), parse_device(device));
+                                             parse_dtype_name(dtype), parse_device(device), x_format,
+                                             weight_format);
       },
-      "num_tokens"_a, "top_k"_a, "num_experts"_a, "hidden"_a, "inter"_a, "dtype"_a, "device"_a = "cpu");
+      "num_tokens"_a, "top_k"_a, "num_experts"_a, "hidden"_a, "inter"_a, "dtype"_a, "device"_a = "cpu",
+      "x_format"_a = nb::none(), "weight_format"_a = nb::none());
   m.def(
       "transpose_experts",
       [](const TensorArg& src, const TensorArg& dst, StreamArg stream) {

@@ -8,6 +8,7 @@ gradient.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moecore import ops
+from moecore._core import QuantFormat
 from moecore.ops import Experts, Plan
 
 _LIBRARY = torch.library.Library("moecore", "DEF")
@@ -91,27 +93,47 @@ def _activate(
     )
 
 
+# A QuantFormat as an argument of an op: a kind as it is, an object by the name under which it is kept here.
+_formats: dict[str, QuantFormat] = {}
+atexit.register(_formats.clear)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _format_name(format: QuantFormat | str | None) -> str | None:
+    if format is None or isinstance(format, str):
+        return format
+    name = f"format {id(format)}"
+    _formats[name] = format
+    return name
+
+
+def _format(name: str | None) -> QuantFormat | str | None:
+    return _formats.get(name, name) if name is not None else None
+
+
 def _grouped_gemm_outputs(
-    x: Tensor,
-    weights: Tensor,
-    expert_offsets: Any,
-    bias: Any,
-    row_token: Any,
-    activation: Any,
-    order: str,
-    *_: Any,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weights: Tensor, expert_offsets: Any, bias: Any, row_token: Any, activation: Any, order: str,
+    alpha: Any, beta: Any, limit: Any, row_weights: Any, x_format: Any, x_scales: Any, x_global_scale: Any,
+    weight_format: Any, weight_scales: Any, weight_global_scale: Any, out_dtype: str | None, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     rows, n = (x if row_token is None else row_token).shape[0], weights.shape[1]
-    return (x.new_empty((rows, n if activation is None or order == "plain" else n // 2)),)
+    shape = (rows, n if activation is None or order == "plain" else n // 2)
+    if out_dtype is None and x_format is None:
+        return (x.new_empty(shape),)
+    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    return (x.new_empty(shape, dtype=dtypes[out_dtype or "bf16"]),)
 
 
 def _grouped_gemm(
     out: Any, x: Any, weights: Any, expert_offsets: Any, bias: Any, row_token: Any, activation: Any,
-    order: Any, alpha: Any, beta: Any, limit: Any, row_weights: Any,
+    order: Any, alpha: Any, beta: Any, limit: Any, row_weights: Any, x_format: Any, x_scales: Any,
+    x_global_scale: Any, weight_format: Any, weight_scales: Any, weight_global_scale: Any, out_dtype: Any,
 ) -> None:  # fmt: skip
     ops.grouped_gemm(
         x, weights, expert_offsets, bias=bias, row_token=row_token, activation=activation, order=order,
-        alpha=alpha, beta=beta, limit=limit, row_weights=row_weights, out=out[0],
+        alpha=alpha, beta=beta, limit=limit, row_weights=row_weights, x_format=_format(x_format),
+        x_scales=x_scales, x_global_scale=x_global_scale, weight_format=_format(weight_format),
+        weight_scales=weight_scales, weight_global_scale=weight_global_scale, out_dtype=out_dtype, out=out[0],
     )  # fmt: skip
 
 
@@ -134,15 +156,18 @@ def _fused_experts_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 def _fused_experts(
     out: Any, x: Any, weights: Any, ids: Any, w13: Any, w2: Any, w13_bias: Any, w2_bias: Any, activation: Any,
     order: Any, alpha: Any, beta: Any, limit: Any, expert_map: Any, first_expert: int,
-    apply_router_weight_on_input: bool, residual: Any,
+    apply_router_weight_on_input: bool, residual: Any, weight_format: Any, w13_scales: Any, w2_scales: Any,
+    w13_global_scale: Any, w2_global_scale: Any, x_format: Any, x_scale: Any, inter_scale: Any,
 ) -> None:  # fmt: skip
     experts: Experts[Any] = Experts(
         w13, w2, order=order, activation=activation, alpha=alpha, beta=beta, limit=limit, w13_bias=w13_bias,
-        w2_bias=w2_bias,
+        w2_bias=w2_bias, weight_format=_format(weight_format), w13_scales=w13_scales, w2_scales=w2_scales,
+        w13_global_scale=w13_global_scale, w2_global_scale=w2_global_scale,
     )  # fmt: skip
     ops.fused_experts(
         x, weights, ids, experts, expert_map=expert_map, first_expert=first_expert,
-        apply_router_weight_on_input=apply_router_weight_on_input, residual=residual, out=out[0],
+        apply_router_weight_on_input=apply_router_weight_on_input, residual=residual,
+        x_format=_format(x_format), x_scale=x_scale, inter_scale=inter_scale, out=out[0],
     )  # fmt: skip
 
 
@@ -172,7 +197,8 @@ _OPS = [
     _Op(
         "grouped_gemm",
         "Tensor x, Tensor weights, Tensor expert_offsets, Tensor? bias, Tensor? row_token, str? activation, "
-        f"{_ACTIVATION}, Tensor? row_weights",
+        f"{_ACTIVATION}, Tensor? row_weights, str? x_format, Tensor? x_scales, Tensor? x_global_scale, "
+        "str? weight_format, Tensor? weight_scales, Tensor? weight_global_scale, str? out_dtype",
         1, _grouped_gemm_outputs, _grouped_gemm,
     ),
     _Op(
@@ -184,7 +210,9 @@ _OPS = [
         "fused_experts",
         "Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
         f"str activation, {_ACTIVATION}, Tensor? expert_map, SymInt first_expert, "
-        "bool apply_router_weight_on_input, Tensor? residual",
+        "bool apply_router_weight_on_input, Tensor? residual, str? weight_format, Tensor? w13_scales, "
+        "Tensor? w2_scales, Tensor? w13_global_scale, Tensor? w2_global_scale, str? x_format, "
+        "Tensor? x_scale, Tensor? inter_scale",
         1, _fused_experts_outputs, _fused_experts,
     ),
 ]  # fmt: skip
@@ -285,10 +313,17 @@ def activate(x: Any, *rest: Any) -> Any:
     return _call("activate", out, x, *arguments)
 
 
-def grouped_gemm(x: Any, *rest: Any) -> Any:
+def grouped_gemm(
+    x: Any, weights: Any, expert_offsets: Any, bias: Any, row_token: Any, activation: Any, order: Any,
+    alpha: Any, beta: Any, limit: Any, row_weights: Any, x_format: Any, x_scales: Any, x_global_scale: Any,
+    weight_format: Any, weight_scales: Any, weight_global_scale: Any, out_dtype: Any, out: Any,
+) -> Any:  # fmt: skip
     """moecore.grouped_gemm() in a traced program."""
-    *arguments, out = rest
-    return _call("grouped_gemm", out, x, *arguments)
+    return _call(
+        "grouped_gemm", out, x, weights, expert_offsets, bias, row_token, activation, order, alpha, beta,
+        limit, row_weights, _format_name(x_format), x_scales, x_global_scale, _format_name(weight_format),
+        weight_scales, weight_global_scale, out_dtype,
+    )  # fmt: skip
 
 
 def finalize(rows: Any, *rest: Any) -> Any:
@@ -299,11 +334,14 @@ def finalize(rows: Any, *rest: Any) -> Any:
 
 def fused_experts(
     x: Any, weights: Any, ids: Any, experts: Experts[Any], expert_map: Any, first_expert: int,
-    apply_router_weight_on_input: bool, residual: Any, out: Any,
+    apply_router_weight_on_input: bool, residual: Any, x_format: Any, x_scale: Any, inter_scale: Any,
+    out: Any,
 ) -> Any:  # fmt: skip
     """moecore.fused_experts() in a traced program."""
     return _call(
         "fused_experts", out, x, weights, ids, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias,
         experts.activation, experts.order, experts.alpha, experts.beta, experts.limit, expert_map,
-        first_expert, apply_router_weight_on_input, residual,
+        first_expert, apply_router_weight_on_input, residual, _format_name(experts.weight_format),
+        experts.w13_scales, experts.w2_scales, experts.w13_global_scale, experts.w2_global_scale,
+        _format_name(x_format), x_scale, inter_scale,
     )  # fmt: skip

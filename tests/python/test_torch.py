@@ -40,11 +40,12 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
         "activate": (d["wide"], "swiglu_oai", "interleaved", None, None, None, None),
         "grouped_gemm": (
             d["x"], d["w13"], plan.expert_offsets, d["b13"], plan.row_token, "silu", "gate_up", None, None, None, None,
+            *[None] * 7,
         ),
         "finalize": (d["rows"], plan.slot_row, d["weights"], H - 3, False, d["x"][:, : H - 3].clone()),
         "fused_experts": (
             d["x"], d["weights"], d["ids"], d["w13"], d["w2"], d["b13"], d["b2"], "silu", "gate_up", None, None, None,
-            None, 0, False, d["x"],
+            None, 0, False, d["x"], *[None] * 8,
         ),
     }  # fmt: skip
 
