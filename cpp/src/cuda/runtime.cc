@@ -117,6 +117,10 @@ void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig&
 }
 
 int blocks_per_sm(const char* op, const void* kernel, int threads, std::size_t smem_bytes) {
+  if (smem_bytes > 48 * 1024)  // a kernel whose limit is not raised fits nowhere
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(smem_bytes)),
+          op, "raising the shared memory limit");
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes), op,
         "reading the occupancy");

@@ -1,6 +1,7 @@
 #pragma once
 // What both engines' kernels read: the problem, flattened for the device.
 
+#include <cstddef>
 #include <cstdint>
 
 #include "moecore/activate.h"
@@ -46,6 +47,17 @@ struct EpilogueArgs {
   float cubic_log2e = 0.0f;
 };
 
+/// Where the scales of an operand stand; OperandScalesRef says how to read the pitches.
+struct ScaleArgs {
+  const std::byte* data = nullptr;
+  DType dtype = DType::kF32;
+  std::int64_t expert_pitch = 0, row_pitch = 0, col_pitch = 0;
+  int block_rows = 1;
+  int block_cols = 0;  // 0: all
+  const float* global_scale = nullptr;
+  bool global_scale_per_expert = false;
+};
+
 struct GroupedGemmArgs {
   const void* x = nullptr;  // [rows of x, K]
   std::int64_t x_stride = 0;
@@ -57,6 +69,7 @@ struct GroupedGemmArgs {
   bool offsets_settled = false;                  // before the kernel that precedes this one began
   int num_experts = 0;
   int k = 0;
+  ScaleArgs x_scales, weight_scales;
   TileShape tiles;
   EpilogueArgs epilogue;
 };

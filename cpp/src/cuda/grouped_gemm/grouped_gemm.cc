@@ -13,6 +13,18 @@ namespace {
 
 constexpr const GroupedGemmEngine* kEngines[] = {&kSm90Engine, &kPortableEngine};
 
+ScaleArgs scale_args(const OperandScalesRef& s) {
+  return {.data = s.data,
+          .dtype = s.dtype,
+          .expert_pitch = s.expert_pitch,
+          .row_pitch = s.row_pitch,
+          .col_pitch = s.col_pitch,
+          .block_rows = s.block_rows,
+          .block_cols = block_cols(s.form),
+          .global_scale = s.global_scale,
+          .global_scale_per_expert = s.global_scale_per_expert};
+}
+
 }  // namespace
 
 bool is_sigmoid_family(const Activation& activation) {
@@ -39,6 +51,8 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   args.offsets_settled = p.offsets_settled;
   args.num_experts = static_cast<int>(p.num_experts);
   args.k = static_cast<int>(p.k);
+  args.x_scales = scale_args(p.x_scales);
+  args.weight_scales = scale_args(p.weight_scales);
   EpilogueArgs& e = args.epilogue;
   e.out = p.out;
   e.out_stride = p.out_stride;
@@ -55,7 +69,7 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   e.gated = activation.gated();
   e.kind = activation.kind;
   e.alpha = activation.alpha;
-  e.beta = activation.beta;
+  e.beta = activation.beta == 0.0f ? -0.0f : activation.beta;  // as activate has it
   e.limit = activation.limit;
   double linear = 1, cubic = 0;
   if (activation.kind == ActivationKind::kQuickGelu) linear = 1.702;

@@ -1,5 +1,6 @@
 // The engine that takes every problem on every architecture from sm_80 on: any K, N, alignment and
 // activation.
+// (Quantised operands: portable_quantized.cu.)
 //
 // As in the Hopper engine the weights are the MMA's rows and the tokens its columns. A block of four warps
 // computes 128 weight rows x kTokens tokens, 32 rows a warp, from a ring of three steps of 64 bytes of K:
@@ -11,50 +12,26 @@
 
 #include <cstdio>
 
-#include "cuda/activation.cuh"
 #include "cuda/device/ptx.cuh"
-#include "cuda/grouped_gemm/engines.h"
-#include "cuda/grouped_gemm/epilogue.cuh"
-#include "cuda/grouped_gemm/tiles.cuh"
+#include "cuda/grouped_gemm/portable.cuh"
+#include "cuda/grouped_gemm/portable.h"
 #include "cuda/policy_override.h"
 #include "cuda/types.cuh"
 
 namespace moecore::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTileRows = 128;
-constexpr int kStages = 3;
+using namespace portable;
+
 constexpr int kStepBytes = 64;  // of K
 constexpr int kPitch = kStepBytes + 16;
 constexpr int kPieces = kStepBytes / 16;
-
-__device__ __forceinline__ unsigned smem_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-// ---- fragments: c[0], c[1] are row lane / 4 of tokens 2 (lane % 4) and + 1, c[2], c[3] the row eight
-// further down
 
 __device__ __forceinline__ void load_fragments(const std::byte* p, unsigned (&v)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(smem_address(p)));
 }
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                                    __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /// One step: 32 weight rows times kTokens tokens.
 template <class T, int kTokens>
 __device__ __forceinline__ void multiply(const std::byte* weights, const std::byte* tokens,
@@ -116,65 +93,6 @@ __device__ __forceinline__ void load_piece(std::byte* to, const T* from, int k, 
   }
 }
 
-/// Not inlined: the kinds' code once, not for every accumulator.
-__device__ __noinline__ float apply_activation(const EpilogueArgs& e, float gate, float up) {
-  const ActivationParams params{e.alpha, e.beta, e.limit};
-  auto apply = [&]<ActivationKind kKind>() {
-    return e.gated ? activate_gated<kKind>(gate, up, params) : activate_plain<kKind>(gate, params);
-  };
-  using enum ActivationKind;
-  switch (e.kind) {
-    case kSilu:
-      return apply.template operator()<kSilu>();
-    case kGelu:
-      return apply.template operator()<kGelu>();
-    case kGeluTanh:
-      return apply.template operator()<kGeluTanh>();
-    case kQuickGelu:
-      return apply.template operator()<kQuickGelu>();
-    case kRelu:
-      return apply.template operator()<kRelu>();
-    case kRelu2:
-      return apply.template operator()<kRelu2>();
-    default:
-      return apply.template operator()<kSwigluOai>();
-  }
-}
-
-template <class T, int kTokens>
-__device__ __forceinline__ void store(const EpilogueArgs& e, const Tile& tile,
-                                      const float (&c)[2][kTokens / 8][4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  T* out = static_cast<T*>(e.out);
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    const int row16 = warp * 2 + m;  // sixteen weight rows: eight columns when gated
-    const int column = e.gated ? (tile.weight_tile * kTileRows / 16 + row16) * 8 + lane / 4
-                               : tile.weight_tile * kTileRows + row16 * 16 + lane / 4;
-    const BiasPair bias = e.gated ? bias_pair<T, SigmoidGate>(e, tile.expert, column)
-                                  : bias_pair<T, Linear>(e, tile.expert, column);
-#pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = n * 8 + lane % 4 * 2 + j;
-        if (token >= tile.rows) continue;
-        const float w = row_weight(e, tile.row + token);
-        const float first = __fmaf_rn(c[m][n][j], w, bias.first),
-                    second = __fmaf_rn(c[m][n][2 + j], w, bias.second);
-        T* to = out + (tile.row + token) * e.out_stride + column;
-        if (e.gated) {
-          if (column < e.columns) to[0] = dev::from_f32<T>(apply_activation(e, first, second));
-        } else {
-          if (column < e.columns)
-            to[0] = dev::from_f32<T>(e.activated ? apply_activation(e, first, 0.0f) : first);
-          if (column + 8 < e.columns)
-            to[8] = dev::from_f32<T>(e.activated ? apply_activation(e, second, 0.0f) : second);
-        }
-      }
-  }
-}
-
 template <class T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constant__ GroupedGemmArgs args) {
   __shared__ __align__(16) std::byte weights[kStages][kTileRows * kPitch];
@@ -197,21 +115,14 @@ __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constan
     constexpr int kRowsAtOnce = kThreads / kPieces;
     const int r = threadIdx.x / kPieces;
     auto weight_row = [&](int i) -> const T* {
-      const EpilogueArgs& e = args.epilogue;
-      const int row = r + i * kRowsAtOnce;
-      const int column =
-          tile.weight_tile * (e.gated ? kTileRows / 2 : kTileRows) + (e.gated ? row / 16 * 8 + row % 8 : row);
-      if (column >= e.columns) return nullptr;
-      const std::int64_t at =
-          !e.gated ? column : (row % 16 < 8 ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
-      return static_cast<const T*>(args.weights) + tile.expert * args.weight_expert_stride +
-             at * args.weight_row_stride;
+      const std::int64_t at = weight_row_of(args.epilogue, tile.weight_tile, r + i * kRowsAtOnce);
+      return at < 0 ? nullptr
+                    : static_cast<const T*>(args.weights) + tile.expert * args.weight_expert_stride +
+                          at * args.weight_row_stride;
     };
     auto token_row = [&](int i) -> const T* {
-      const int row = r + i * kRowsAtOnce;
-      if (row >= tile.rows) return nullptr;
-      const std::int64_t at = args.row_token ? args.row_token[tile.row + row] : tile.row + row;
-      return static_cast<const T*>(args.x) + at * args.x_stride;
+      const std::int64_t at = token_row_of(args, tile, r + i * kRowsAtOnce);
+      return at < 0 ? nullptr : static_cast<const T*>(args.x) + at * args.x_stride;
     };
     constexpr int kWeightRows = kTileRows / kRowsAtOnce,
                   kTokenRows = (kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -250,16 +161,6 @@ __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constan
   }
 }
 
-constexpr int kNarrow = 16, kWide = 64;
-
-bool rows_aligned(const GroupedGemmProblem& p) {
-  const std::int64_t bytes = bit_width(p.dtype) / 8;
-  auto aligned = [](std::int64_t v) { return v % 16 == 0; };
-  return aligned(reinterpret_cast<std::intptr_t>(p.x)) &&
-         aligned(reinterpret_cast<std::intptr_t>(p.weights)) && aligned(p.x_stride * bytes) &&
-         aligned(p.weight_row_stride * bytes) && aligned(p.weight_expert_stride * bytes);
-}
-
 /// Widest token tile.
 int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
   int tokens = p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
@@ -268,15 +169,14 @@ int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
 }
 
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&) {
-  if (p.weight_scales.form != OperandForm::kFloat) return "it takes f32, f16 and bf16";
   return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
 }
 
 std::string describe(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext& ctx) {
   char text[128];
   std::snprintf(text, sizeof(text), "%s, %d weight rows x up to %d tokens, rows by %s",
-                p.dtype == DType::kF32 ? "fma" : "mma.sync", kTileRows, tile_tokens(p, ctx),
-                rows_aligned(p) ? "16-byte copies" : "single elements");
+                p.dtype == DType::kF32 && p.x_scales.form == OperandForm::kFloat ? "fma" : "mma.sync",
+                kTileRows, tile_tokens(p, ctx), rows_aligned(p) ? "16-byte copies" : "single elements");
   return text;
 }
 
@@ -296,6 +196,7 @@ void run_width(const GroupedGemmProblem& p, const DeviceInfo& device, const Exec
 }
 
 void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  if (p.weight_scales.form != OperandForm::kFloat) return run_quantized(p, tile_tokens(p, ctx), device, ctx);
   visit_instance(GroupedGemmTypes{}, p.dtype, [&]<DType D>() {
     tile_tokens(p, ctx) == kNarrow ? run_width<cuda_t<D>, kNarrow>(p, device, ctx)
                                    : run_width<cuda_t<D>, kWide>(p, device, ctx);
@@ -303,6 +204,14 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
 }
 
 }  // namespace
+
+bool portable::rows_aligned(const GroupedGemmProblem& p) {
+  const std::int64_t x_bits = element_bits(p.x_scales.form, p.dtype),
+                     weight_bits = element_bits(p.weight_scales.form, p.dtype);
+  auto aligned = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
+  return aligned(p.x) && aligned(p.weights) && p.x_stride * x_bits % 128 == 0 &&
+         p.weight_row_stride * weight_bits % 128 == 0 && p.weight_expert_stride * weight_bits % 128 == 0;
+}
 
 const GroupedGemmEngine kPortableEngine{"the portable engine", refusal, describe, run};
 
