@@ -609,6 +609,96 @@ TEST(Contract, GroupedGemm) {
       });
 }
 
+// x mxfp8 [5,64] times nvfp4 [3,4,64].
+struct QuantizedGemmArgs {
+  Tensor x_memory = zeros(DType::kU8, {5, 64}), x_scales_memory = zeros(DType::kU8, {5, 2}),
+         weights_memory = zeros(DType::kU8, {3, 4, 32}), weight_scales_memory = zeros(DType::kU8, {3, 4, 4}),
+         global_memory = zeros(DType::kF32, {3}), offsets_memory = zeros(DType::kI32, {4}),
+         out_memory{kCpu, DType::kF32, {5, 4}};
+  TensorView x = x_memory.read_only(), weights = weights_memory.read_only(),
+             offsets = offsets_memory.read_only(), out = out_memory;
+  OperandScales x_scales{QuantFormat::mxfp8(ScaleLayout::kLinear), x_scales_memory.read_only()},
+      weight_scales{QuantFormat::nvfp4(ScaleLayout::kLinear), weight_scales_memory.read_only(),
+                    global_memory.read_only()};
+  bool coded_x = true, coded_weights = true;
+  Call context{kCpu, 4096};
+  void call() {
+    GroupedGemmOptions options;
+    if (coded_x) options.x_scales = x_scales;
+    if (coded_weights) options.weight_scales = weight_scales;
+    grouped_gemm(x, weights, offsets, out, options, context);
+  }
+  std::vector<const Tensor*> outputs() const { return {&out_memory}; }
+};
+
+TEST(Contract, QuantizedGroupedGemm) {
+  using A = QuantizedGemmArgs;
+  expect_refusals<A>(
+      "grouped_gemm",
+      {
+          {"codes without a format",
+           [](A& a) { a.coded_x = false; },
+           Error::kInvalidType,
+           {"x is u8[5,64]", "f32|f16|bf16"}},
+          {"a pair that cannot be multiplied",
+           [](A& a) { a.weight_scales.format = QuantFormat::fp8_token(); },
+           Error::kInvalidArgument,
+           {"mxfp8 x fp8_token", "one of", "f32|f16|bf16 x mxfp4", "fp8_block128 x fp8_block128"}},
+          {"quantised x with float weights",
+           [](A& a) { a.coded_weights = false; },
+           Error::kInvalidArgument,
+           {"mxfp8 x f32|f16|bf16", "one of"}},
+          {"type of the codes",
+           [](A& a) { a.x = retyped(a.x, DType::kE5M2); },
+           Error::kInvalidType,
+           {"x is e5m2[5,64]", "e4m3|u8"}},
+          {"type of the scales",
+           [](A& a) { a.weight_scales.scales = retyped(a.weight_scales.scales, DType::kE8M0); },
+           Error::kInvalidType,
+           {"weight_scales is e8m0[3,4,4]", "e4m3|u8"}},
+          {"rows of the scales",
+           [](A& a) { a.x_scales.scales = resized(a.x_scales.scales, 0, 4); },
+           Error::kInvalidArgument,
+           {"x_scales is u8[4,2]", "= 5"}},
+          {"blocks of the scales",
+           [](A& a) { a.weight_scales.scales = resized(a.weight_scales.scales, 2, 2); },
+           Error::kInvalidArgument,
+           {"weight_scales is u8[3,4,2]", "= 4"}},
+          {"swizzled scales",
+           [](A& a) { a.weight_scales.format = QuantFormat::nvfp4(); },
+           Error::kInvalidArgument,
+           {"weight_scales.layout is swizzled", "linear"}},
+          {"column-major scales of a format that has none",
+           [](A& a) { a.x_scales.format.layout = ScaleLayout::kColumnMajor; },
+           Error::kInvalidArgument,
+           {"x_scales.layout is column_major", "linear"}},
+          {"e8m0 scales of blocks",
+           [](A& a) {
+             a.x_scales.format = QuantFormat::fp8_block128_e8m0();
+             a.weight_scales.format = QuantFormat::fp8_block128();
+             a.x = resized(a.x, 1, 32);
+           },
+           Error::kInvalidArgument,
+           {"x_scales.format is fp8_block128 with e8m0 scales", "f32 scales"}},
+          {"length of the global scale",
+           [](A& a) { a.weight_scales.global_scale = resized(*a.weight_scales.global_scale, 0, 2); },
+           Error::kInvalidArgument,
+           {"len(weight_scales.global_scale) is 2", "1 or num_experts"}},
+          {"a global scale where the format has none",
+           [](A& a) { a.x_scales.global_scale = a.weight_scales.global_scale; },
+           Error::kInvalidArgument,
+           {"x_scales.global_scale", "nvfp4"}},
+          {"depth",
+           [](A& a) { a.x = resized(a.x, 1, 62); },
+           Error::kInvalidArgument,
+           {"x is e4m3[5,62]", "weights.shape[2] = 64"}},
+          {"an odd number of nibbles",
+           [](A& a) { a.weights = restrided(resized(retyped(a.weights, DType::kE2M1), 2, 31), 1, 32); },
+           Error::kInvalidArgument,
+           {"weights.shape[2] is 31", "an even number of e2m1 elements"}},
+      });
+}
+
 struct FinalizeArgs {
   Tensor rows_memory = zeros(DType::kBF16, {6, 8}), slots_memory = zeros(DType::kI32, {3, 2}),
          weights_memory = zeros(DType::kF32, {3, 2}), residual_memory = zeros(DType::kBF16, {3, 7}),
@@ -757,6 +847,15 @@ struct FusedExpertsArgs {
   Experts experts{w13_memory.read_only(), w2_memory.read_only(), w13_bias_memory.read_only(),
                   w2_bias_memory.read_only()};
   FusedExpertsOptions options{.residual = residual_memory.read_only()};
+  Tensor w13_scale_memory = zeros(DType::kF32, {4, 12}), w2_scale_memory = zeros(DType::kF32, {4, 8});
+  TensorView w13_scales = w13_scale_memory.read_only(), w2_scales = w2_scale_memory.read_only();
+  /// Codes in place of the weights, with a scale for each output channel.
+  void quantize(const QuantFormat& format) {
+    experts.w13 = retyped(experts.w13, DType::kE4M3);
+    experts.w2 = retyped(experts.w2, DType::kE4M3);
+    experts.w13_scales = OperandScales{format, w13_scales};
+    experts.w2_scales = OperandScales{format, w2_scales};
+  }
   Call context{kCpu, fused_experts_workspace_bytes(3, 2, 4, 8, 6, DType::kF32, kCpu)};
   void call() { fused_experts(x, weights, ids, experts, out, options, context); }
   std::vector<const Tensor*> outputs() const { return {&out_memory}; }
@@ -830,6 +929,43 @@ TEST(Contract, FusedExperts) {
                           [](A& a) { a.experts.activation.alpha = NAN; },
                           Error::kInvalidArgument,
                           {"alpha", "finite"}},
+                         {"codes without a format",
+                          [](A& a) { a.experts.w13 = retyped(a.experts.w13, DType::kE4M3); },
+                          Error::kInvalidType,
+                          {"w13 is e4m3[4,12,8]", "f32|f16|bf16"}},
+                         {"codes beside floats",
+                          [](A& a) {
+                            a.experts.w13 = retyped(a.experts.w13, DType::kE4M3);
+                            a.experts.w13_scales = OperandScales{QuantFormat::fp8_token(), a.w13_scales};
+                          },
+                          Error::kInvalidArgument,
+                          {"w2_scales.format is f32|f16|bf16", "that of w13, fp8_token"}},
+                         {"scales of w13",
+                          [](A& a) {
+                            a.quantize(QuantFormat::fp8_token());
+                            a.experts.w13_scales->scales = resized(a.w13_scales, 1, 11);
+                          },
+                          Error::kInvalidArgument,
+                          {"w13_scales is f32[4,11]", "= 12"}},
+                         {"quantised x with float weights",
+                          [](A& a) { a.options.x_format = QuantFormat::fp8_token(); },
+                          Error::kInvalidArgument,
+                          {"fp8_token x f32|f16|bf16", "one of"}},
+                         {"a static scale that is missing",
+                          [](A& a) {
+                            a.quantize(QuantFormat::fp8_token());
+                            a.options.x_format = QuantFormat::fp8_tensor_static();
+                          },
+                          Error::kInvalidArgument,
+                          {"x_scale is missing", "f32 [1,1]"}},
+                         {"a scale that the format has no use for",
+                          [](A& a) {
+                            a.quantize(QuantFormat::fp8_token());
+                            a.options.x_format = QuantFormat::fp8_token();
+                            a.options.inter_scale = a.w2_scales;
+                          },
+                          Error::kInvalidArgument,
+                          {"inter_scale", "fp8_tensor_static and nvfp4"}},
                          {"residual",
                           [](A& a) { a.options.residual = resized(*a.options.residual, 1, 7); },
                           Error::kInvalidArgument,
