@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import moecore
+from moecore import _core
 from moecore.models import MODELS
 
 __all__ = ["main"]
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "demo": _demo,
         "bench": _bench,
+        "tune": _tune,
         "show-config": _show_config,
         "collect-env": _collect_env,
         "explain": _explain,
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_natural, default=0, help="CPU threads; 0 takes every available CPU")
 
     _add_bench(commands)
+    _add_tune(commands)
 
     commands.add_parser("show-config", help="print what this build and this machine offer")
     commands.add_parser("collect-env", help="print what a bug report should contain")
@@ -131,6 +134,25 @@ def _add_bench(commands: Any) -> None:
     )
 
 
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search the launch policies of an op on this GPU",
+        description="Tries the launch policies of an op on this GPU, prints what it would change, and writes a "
+        "file that the environment variable MOECORE_TUNING makes every process load.",
+    )
+    tune.add_argument("op", nargs="?", metavar="OP", help="route, plan, finalize, grouped_gemm.up, ...")
+    tune.add_argument("--model", default="qwen3-30b-a3b", metavar="A,B", help="(%(default)s)")
+    tune.add_argument("--tokens", default="1,16,64,256,1024,4096", metavar="A,B", help="(%(default)s)")
+    tune.add_argument("--dtype", default="", metavar="TYPE", help="instead of the op's usual one")
+    tune.add_argument("--seconds", type=float, default=60, metavar="S", help="of search (%(default)s)")
+    tune.add_argument(
+        "--threshold", type=float, default=0.03, metavar="X", help="least gain that counts (%(default)s)"
+    )
+    tune.add_argument("--out", type=Path, metavar="FILE", help="write the policies that pay")
+    tune.add_argument("--check", type=Path, metavar="FILE", help="only read a file as the library would")
+
+
 def _natural(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -171,6 +193,27 @@ def _bench(args: argparse.Namespace) -> int:
         )
     except (DeviceMissingError, OSError, ValueError, argparse.ArgumentTypeError) as error:
         return _fail(f"bench: {error}")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    try:
+        if args.check is not None:
+            print(f"{args.check}: {_core.check_tuning(str(args.check))} policies")
+            return 0
+        from moecore._arrays import DeviceMissingError
+        from moecore.bench import tune
+    except ModuleNotFoundError as error:
+        return _fail(f"tune needs {error.name}: pip install {error.name}")
+    except ValueError as error:
+        return _fail(f"tune: {error}")
+    if args.op is None:
+        return _fail(f"tune: no op, expected one of {', '.join(tune.OPS)}")
+    try:
+        models = _among("--model", args.model, list(MODELS))
+        tokens = [_natural(count) for count in args.tokens.split(",") if count]
+        return tune.run(args.op, models, tokens, args.dtype, args.seconds, args.threshold, args.out)
+    except (DeviceMissingError, OSError, ValueError, argparse.ArgumentTypeError) as error:
+        return _fail(f"tune: {error}")
 
 
 def _among(option: str, names: str, known: Sequence[str]) -> list[str]:

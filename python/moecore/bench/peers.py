@@ -261,7 +261,7 @@ def _plan_vllm(p: Peers, s: Any) -> Call:
 
 
 def _plan_sgl(p: Peers, s: Any) -> Call:
-    layer, e = s.layer, s.layer.num_experts
+    layer = s.layer
     offsets, blocks, one, two, rows, slots = _plan_buffers(p, s)
     run = p.ops.sgl_kernel.prepare_moe_input.default
     return Call(

@@ -389,7 +389,9 @@ class Lab:
         size, out_type = w.row_bytes, w.out_type
         rows_moved = r * depth * size, r * n * ITEMSIZE[out_type]
         weight_bytes = touched * n * depth * w.bits / 8
-        out_bytes = moecore.grouped_gemm_workspace_bytes(r, n, depth, e, out_type, space.device)
+        scratch = moecore.grouped_gemm_workspace_bytes(
+            r, n, depth, e, out_type, space.device, w.row_format, case.dtype if w.quantized else None
+        )
 
         def make(index: int) -> SimpleNamespace:
             s = self._planned(case, index)
@@ -398,7 +400,7 @@ class Lab:
             if w.row_format:
                 s.x, s.x_scales = moecore.quantize(s.x, w.row_format)
             s.weights_of, s.matrix, s.part, s.layer = w, matrix, case.part, layer
-            s.workspace = space.empty((max(out_bytes, 1),), "u8")
+            s.workspace = space.empty((max(scratch, 1),), "u8")
             return s
 
         def run(s: SimpleNamespace) -> None:
@@ -421,7 +423,7 @@ class Lab:
             offsets = space.host(s.plan.expert_offsets).astype(np.int64)
             x = space.host(s.x, sample)
             if s.x_scales is not None:
-                x = checks.dequantize_rows(x, space.host(s.x_scales, sample), w.row_format)
+                x = checks.dequantize_rows(x, space.host(s.x_scales, sample), case.dtype)
             else:
                 x = reference.to_float64(x)
             expected = np.empty((len(sample), len(columns)))
@@ -454,7 +456,9 @@ class Lab:
         touched = len(np.unique(routed_ids(e, k, t, case.routing, 0)))
         weight_bytes = touched * layer.weights_per_expert * w.bits / 8
         experts = w.experts()
-        workspace = experts.workspace_bytes(t, k) if space.device != "cpu" else 0
+        workspace = 0
+        if space.device != "cpu":
+            workspace = experts.workspace_bytes(t, k, dtype=out_type, x_format=w.row_format)
         held, head = _checked_tokens(layer, t), _head(layer, out_type)
 
         def make(index: int) -> SimpleNamespace:
@@ -469,7 +473,15 @@ class Lab:
         scratch = space.empty((workspace,), "u8") if workspace else None
 
         def run(s: SimpleNamespace) -> None:
-            moecore.fused_experts(s.x, s.weights, s.ids, experts, out=s.out, workspace=scratch)
+            moecore.fused_experts(
+                s.x,
+                s.weights,
+                s.ids,
+                experts,
+                x_format=w.row_format,
+                out=s.out,
+                workspace=scratch,
+            )
 
         rotated = self._sets(2 * t * h * ITEMSIZE[out_type], weight_bytes + 8 * t * k * (h + 2 * i))
         sets = [make(i) for i in rotated[: max(2, min(len(rotated), 16))]]
@@ -525,7 +537,8 @@ class Weights:
         self.quantized = dtype in BITS
         self.bits = BITS.get(dtype) or 8 * ITEMSIZE[dtype]
         self.out_type = "bf16" if self.quantized else dtype
-        self.row_format = "fp8_block128" if dtype == "fp8_block128" else ""
+        # fp8 rows beside fp8 weights, as checkpoints of this format are run; 4-bit weights beside bf16 rows.
+        self.row_format = "fp8_block128" if dtype == "fp8_block128" else None
         self.row_bytes = 1 if self.row_format else ITEMSIZE[self.out_type]
         self.rate = "fp8" if self.row_format else {"f32": "f32"}.get(self.out_type, "bf16")
         # Rows that a layer quantises between its products: e4m3 rounds by at most 2^-4.
@@ -563,12 +576,24 @@ class Weights:
         """What grouped_gemm() takes beside the codes."""
         if not self.quantized:
             return {}
-        raise SkippedError(f"this build does not multiply {self.dtype} weights")
+        options: dict[str, Any] = {
+            "weight_format": self.dtype,
+            "weight_scales": matrix.scales,
+            "weight_global_scale": matrix.global_scale,
+        }
+        if self.row_format:
+            options |= {"x_format": self.row_format, "x_scales": x_scales}
+        return options
 
     def experts(self) -> moecore.Experts[Any]:
         """The weights as fused_experts() takes them."""
-        if self.quantized:
-            raise SkippedError(f"this build does not multiply {self.dtype} weights")
+        quantized = {
+            "weight_format": self.dtype,
+            "w13_scales": self.w13.scales,
+            "w2_scales": self.w2.scales,
+            "w13_global_scale": self.w13.global_scale,
+            "w2_global_scale": self.w2.global_scale,
+        }
         return moecore.Experts(
             self.w13.tensor,
             self.w2.tensor,
@@ -576,6 +601,7 @@ class Weights:
             **activation_options(self.layer),
             w13_bias=self.w13_bias,
             w2_bias=self.w2_bias,
+            **(quantized if self.quantized else {}),
         )
 
     def rows(self, matrix: Matrix, expert: int, rows: Any = slice(None)) -> checks.F64:
