@@ -112,6 +112,60 @@ TEST_P(PermutePlan, GathersTokensAndZeroesUnownedRows) {
       }
 }
 
+// Scales beside rows: the parameter is their element.
+class PermuteScales : public OnDeviceDType {
+ protected:
+  struct Moved {
+    Tensor tensor;
+    Bytes bytes;
+    std::size_t row_bytes;
+  };
+  Moved random_rows(DType type, std::int64_t rows, std::int64_t width, const Place& place) {
+    Moved m{Tensor(device(), type, {rows, width}, place),
+            {},
+            static_cast<std::size_t>(width * bit_width(type) / 8)};
+    m.bytes = Random(static_cast<std::uint64_t>(width)).bytes(m.row_bytes * static_cast<std::size_t>(rows));
+    m.tensor.set_bytes(m.bytes);
+    return m;
+  }
+};
+
+TEST_P(PermuteScales, GoWithTheirRows) {
+  for (const RoutingCase& c : short_routing_cases())
+    for (std::int64_t width : {0, 256, 7168})
+      for (std::int64_t blocks : {0, 1, 3, 56})
+        for (const Place& place : byte_places(dtype())) {
+          if (width > 256 && c.num_tokens > 100) continue;
+          SCOPED_TRACE(::testing::Message() << c << " H=" << width << " B=" << blocks << " " << place.name);
+          const oracle::PlanResult p = oracle::plan(c.ids(), {.num_experts = c.num_experts});
+          const Tensor offsets(device(), DType::kI32, p.expert_offsets),
+              scale_offsets(device(), DType::kI32, p.scale_offsets),
+              row_token(device(), DType::kI32, p.row_token), slot_row(device(), DType::kI32, p.slot_row);
+          const Moved x = random_rows(DType::kE4M3, c.num_tokens, width, {}),
+                      scales = random_rows(dtype(), c.num_tokens, blocks, place);
+          const std::int64_t num_rows = c.num_tokens * c.top_k;
+          for (bool by_map : {false, true}) {
+            Tensor rows(device(), DType::kE4M3, {num_rows, width}),
+                row_scales(device(), dtype(), {num_rows, blocks}, place);
+            if (by_map)
+              shuffle_rows(x.tensor.read_only(), scales.tensor.read_only(), row_token.read_only(), rows,
+                           row_scales, Call(device()));
+            else
+              permute(x.tensor.read_only(), scales.tensor.read_only(),
+                      {offsets, scale_offsets, row_token, slot_row}, rows, row_scales, Call(device()));
+            EXPECT_EQ(rows.get_bytes(), gathered(x.bytes, x.row_bytes, c.num_tokens, p.row_token));
+            EXPECT_EQ(row_scales.get_bytes(),
+                      gathered(scales.bytes, scales.row_bytes, c.num_tokens, p.row_token));
+            EXPECT_TRUE(rows.surroundings_intact());
+            EXPECT_TRUE(row_scales.surroundings_intact());
+          }
+        }
+}
+
+INSTANTIATE_TEST_SUITE_P(, PermuteScales,
+                         ::testing::ValuesIn(devices_times({DType::kF32, DType::kE8M0, DType::kBF16})),
+                         device_dtype_name);
+
 INSTANTIATE_TEST_SUITE_P(, PermutePlan, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "cuda/permute_policy.h"
 #include "cuda/plan_policy.h"
 #include "cuda/policy_override.h"
+#include "cuda/route_plan_policy.h"
 #include "cuda/route_policy.h"
 
 namespace moecore::test {
@@ -122,17 +124,54 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
       }
 }
 
-TEST(PolicyRoute, AWarpHoldsEveryExpert) {
+TEST(PolicyRoute, LanesHoldEveryExpert) {
   for (int sms : kSmCounts)
     for (std::int64_t num_tokens : kCounts)
-      for (std::int64_t num_experts = 1; num_experts <= kMaxExperts; ++num_experts) {
-        const cuda::RoutePolicy policy = cuda::select_route_policy(num_tokens, num_experts, sms);
-        ASSERT_GE(policy.per_lane * 32, num_experts);
-        ASSERT_LE(policy.per_lane, 64);
-        ASSERT_GE(policy.threads, 32);
-        ASSERT_LE(policy.threads, kMaxThreads);
-        ASSERT_EQ(policy.threads % 32, 0);
-      }
+      for (std::int64_t num_experts = 1; num_experts <= kMaxExperts; ++num_experts)
+        for (std::int64_t num_groups : {1, 2, 3, 8, 32, 64})
+          for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid}) {
+            if (num_experts % num_groups != 0) continue;
+            RouteProblem p;
+            p.num_tokens = num_tokens;
+            p.num_experts = num_experts;
+            p.num_groups = num_groups;
+            p.top_k = std::min<std::int64_t>(num_experts, 8);
+            p.scoring = scoring;
+            const cuda::RoutePolicy policy = cuda::select_route_policy(p, sms);
+            ASSERT_TRUE(policy.lanes == 0 || policy.lanes == 8 || policy.lanes == 32);
+            ASSERT_GE(policy.per_lane * (policy.lanes > 0 ? policy.lanes : 32), num_experts);
+            ASSERT_LE(policy.per_lane, 64);
+            ASSERT_GE(policy.threads, 32);
+            ASSERT_LE(policy.threads, cuda::kRouteMaxThreads);
+            ASSERT_EQ(policy.threads % 32, 0);
+            ASSERT_GE(policy.blocks, 1);
+          }
+}
+
+TEST(PolicyRoutePlan, OneLaunchHoldsEveryTokenAndExpert) {
+  for (std::int64_t num_tokens : {0, 1, 4, 5, 16, 17, 100, 128, 129, 5000})
+    for (std::int64_t num_experts : {1, 31, 64, 128, 256, 257, 2048})
+      for (std::int64_t top_k : {1, 2, 8, 16})
+        for (int compute_capability : {80, 90}) {
+          if (top_k > num_experts) continue;
+          SCOPED_TRACE(::testing::Message() << "T=" << num_tokens << " E=" << num_experts << " K=" << top_k);
+          RoutePlanProblem p;
+          p.route.num_tokens = p.plan.num_tokens = num_tokens;
+          p.route.num_experts = p.plan.num_experts = num_experts;
+          p.route.top_k = p.plan.top_k = top_k;
+          const cuda::RoutePlanPolicy policy = cuda::select_route_plan_policy(p, compute_capability);
+          if (!policy.fused) continue;
+          const std::int64_t tokens = (num_tokens + policy.plan.blocks - 1) / policy.plan.blocks;
+          ASSERT_TRUE(policy.plan.blocks == 1 || compute_capability >= 90);
+          ASSERT_LE(policy.plan.threads, cuda::kRoutePlanMaxThreads);
+          ASSERT_EQ(policy.plan.threads % 32, 0);
+          ASSERT_GE(policy.plan.threads, 32 * tokens) << "a warp for every token";
+          ASSERT_GE(policy.plan.threads * policy.plan.rounds, tokens * top_k) << "a thread for every route";
+          ASSERT_GE(policy.plan.threads * 4, num_experts);
+          ASSERT_TRUE(!policy.plan.tiny || num_tokens * top_k <= cuda::kPlanTinyMaxRoutes);
+          ASSERT_LE(cuda::plan_smem_bytes(policy.plan, num_tokens * top_k, num_experts),
+                    std::size_t{32} * 1024);
+        }
 }
 
 TEST(PolicyActivate, StaysWithinTheHardware) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "moecore/error.h"
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/fixture.h"
@@ -298,6 +299,73 @@ TEST_P(Route, BitsDoNotDependOnBatchOrThreads) {
       EXPECT_EQ(alone.weights[j], whole.weights.at(t, j));
     }
   }
+}
+
+TEST_P(Route, EveryFormGivesTheBitsOfTheCpu) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "one form";
+  struct Form {
+    std::int64_t num_experts, top_k, num_groups = 1, topk_groups = 1;
+    Scoring scoring = Scoring::kSoftmax;
+    bool has_bias = false;
+  };
+  const std::vector<Form> forms = {{8, 2},
+                                   {60, 4},
+                                   {128, 8},
+                                   {128, 16},
+                                   {160, 6},
+                                   {256, 8},
+                                   {500, 8},
+                                   {128, 8, 1, 1, Scoring::kSigmoid},
+                                   {256, 8, 1, 1, Scoring::kSigmoid, true},
+                                   {64, 6, 1, 1, Scoring::kIdentity, true},
+                                   {256, 8, 8, 4, Scoring::kSigmoid, true},
+                                   {256, 8, 4, 2, Scoring::kSigmoid, true},
+                                   {160, 6, 8, 3, Scoring::kIdentity},
+                                   {96, 5, 2, 1, Scoring::kSigmoid}};
+  Random random(77);
+  for (const Form& form : forms)
+    for (int kind = 0; kind < 3; ++kind) {
+      // Ordinary logits; few distinct ones, so that more experts tie than a list holds; far apart.
+      Array logits = random.floats({203, form.num_experts}, dtype(), -5, 5);
+      if (kind == 1) logits = random.integers({203, form.num_experts}, 0, 1);
+      if (kind == 2)
+        for (double& x : logits.values)
+          x = random.below(40) == 0 ? kNaN : oracle::round_to(dtype(), x * (random.below(3) == 0 ? 60 : 1));
+      std::optional<Array> bias;
+      if (form.has_bias) bias = random.floats({form.num_experts}, DType::kF32, -0.5, 0.5);
+      auto run_on = [&](Device on, const std::string& policy) {
+        const Tensor x(on, dtype(), logits);
+        Tensor weights(on, DType::kF32, {203, form.top_k}), ids(on, DType::kI32, {203, form.top_k});
+        RouteOptions options{.scoring = form.scoring,
+                             .num_groups = form.num_groups,
+                             .topk_groups = form.topk_groups,
+                             .renormalize = true,
+                             .scale = 2.5f};
+        std::optional<Tensor> bias_tensor;
+        if (bias) {
+          bias_tensor.emplace(on, DType::kF32, *bias);
+          options.bias = bias_tensor->read_only();
+        }
+        Call call(on);
+        call.context().policy = policy;
+        route(x.read_only(), weights, ids, options, call);
+        return Outputs{weights.get(), ids.get()};
+      };
+      const Outputs expected = run_on({DeviceType::kCPU, 0}, "");
+      int forms_run = 0;
+      for (const char* policy : {"lanes=0", "lanes=8", "lanes=16", "lanes=32", ""}) {
+        SCOPED_TRACE(::testing::Message() << "E=" << form.num_experts << " K=" << form.top_k << " groups "
+                                          << form.num_groups << " kind " << kind << " " << policy);
+        try {
+          const Outputs out = run_on(device(), policy);
+          EXPECT_TRUE(equal(out.ids, expected.ids));
+          EXPECT_TRUE(equal(out.weights, expected.weights));
+          ++forms_run;
+        } catch (const InvalidArgument&) {  // more experts than the form holds
+        }
+      }
+      EXPECT_GE(forms_run, 3);
+    }
 }
 
 INSTANTIATE_TEST_SUITE_P(, Route, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);

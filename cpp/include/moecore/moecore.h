@@ -16,4 +16,5 @@
 #include "moecore/plan.h"           // IWYU pragma: export
 #include "moecore/quantize.h"       // IWYU pragma: export
 #include "moecore/route.h"          // IWYU pragma: export
+#include "moecore/route_plan.h"     // IWYU pragma: export
 #include "moecore/tensor.h"         // IWYU pragma: export

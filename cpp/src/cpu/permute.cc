@@ -22,14 +22,20 @@ struct Copier {
 
   // Row d of the output is source row s, or zeros when there is no such row.
   void operator()(std::int64_t d, std::int64_t s) const {
-    std::byte* const to = p.out + d * p.out_pitch;
-    const auto bytes = static_cast<std::size_t>(p.row_bytes);
+    move(p, d, s, streams);
+    if (p.scales.row_bytes > 0) move(p.scales, d, s, false);
+  }
+
+ private:
+  void move(const RowMove& m, std::int64_t d, std::int64_t s, bool stream) const {
+    std::byte* const to = m.out + d * m.out_pitch;
+    const auto bytes = static_cast<std::size_t>(m.row_bytes);
     if (s < 0 || s >= p.x_rows)
       std::memset(to, 0, bytes);
-    else if (streams)
-      stream_copy(to, p.x + s * p.x_pitch, bytes);
+    else if (stream)
+      stream_copy(to, m.x + s * m.x_pitch, bytes);
     else
-      std::memcpy(to, p.x + s * p.x_pitch, bytes);
+      std::memcpy(to, m.x + s * m.x_pitch, bytes);
   }
 };
 
@@ -48,7 +54,7 @@ void permute(const PermuteProblem& p, const ExecContext& ctx) {
                              : "row by row",
               threads_for(ctx, units / grain)))
     return;
-  if (p.row_bytes == 0) return;
+  if (p.row_bytes + p.scales.row_bytes == 0) return;
 
   if (!by_token) {
     parallel_chunks(ctx, p.out_rows, rows, [&](std::int64_t begin, std::int64_t end) {

@@ -6,6 +6,8 @@
 //   by row:   row d of the output; load map[d], then x, then store.
 //   by token: row t of x; x and slot_row[t, :] are loaded together, then every copy is stored. Rows that no
 //             route owns stand at the end of the output; the blocks zero them in turn.
+//
+// The scales of a row go with its last slice, the shortest, in units of their own.
 
 #include <string>
 
@@ -25,6 +27,8 @@ struct PermuteArgs {
   const std::byte* x;
   std::byte* out;
   std::int64_t x_rows, x_pitch, out_rows, out_pitch;
+  RowMove scales;
+  int scale_unit;        // bytes in which scales are moved: 4 or 1
   std::int64_t vectors;  // whole vectors of a row
   int tail_bytes;        // behind them
   bool streaming;
@@ -73,6 +77,26 @@ struct Piece {
   }
 };
 
+// Source row s's scales (zeros for s < 0) to the rows that `for_each_row` calls its argument with.
+template <class ForEachRow>
+__device__ __forceinline__ void move_scales(const PermuteArgs& args, std::int64_t s,
+                                            ForEachRow&& for_each_row) {
+  if (blockIdx.x != gridDim.x - 1) return;
+  const RowMove& m = args.scales;
+  for (std::int64_t i = static_cast<std::int64_t>(threadIdx.x) * args.scale_unit; i < m.row_bytes;
+       i += static_cast<std::int64_t>(blockDim.x) * args.scale_unit) {
+    const std::byte* from = m.x + s * m.x_pitch + i;
+    if (args.scale_unit == 4) {
+      const unsigned value = s < 0 ? 0u : __ldg(reinterpret_cast<const unsigned*>(from));
+      for_each_row(
+          [&](std::int64_t d) { *reinterpret_cast<unsigned*>(m.out + d * m.out_pitch + i) = value; });
+    } else {
+      const std::byte value = s < 0 ? std::byte{} : *from;
+      for_each_row([&](std::int64_t d) { m.out[d * m.out_pitch + i] = value; });
+    }
+  }
+}
+
 template <int kVectorBytes, int kUnroll>
 __global__ void __launch_bounds__(kMaxThreads) permute_by_row_kernel(const PermuteArgs args) {
   dev::wait_for_predecessor();
@@ -87,6 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads) permute_by_row_kernel(const Permu
       if (s >= 0 && s < args.x_rows) piece.load(args, args.x + s * args.x_pitch, begin + threadIdx.x);
       piece.store(args, args.out + d * args.out_pitch, begin + threadIdx.x);
     }
+    move_scales(args, s >= 0 && s < args.x_rows ? s : -1, [&](auto&& store) { store(d); });
   }
 }
 
@@ -116,6 +141,16 @@ __global__ void __launch_bounds__(kMaxThreads) permute_by_token_kernel(const Per
     for (std::int64_t d = num_rows + blockIdx.y; d < args.out_rows; d += gridDim.y)
       Piece<kVectorBytes, kUnroll>{}.store(args, args.out + d * args.out_pitch, first);
   }
+  if (args.scales.row_bytes == 0) return;
+  for (std::int64_t t = blockIdx.y; t < args.x_rows; t += gridDim.y)
+    move_scales(args, t, [&](auto&& store) {
+      for (int k = 0; k < args.top_k; ++k) {
+        const std::int64_t d = args.slot_row[t * args.top_k + k];
+        if (d >= 0 && d < args.out_rows) store(d);
+      }
+    });
+  for (std::int64_t d = num_rows + blockIdx.y; d < args.out_rows; d += gridDim.y)
+    move_scales(args, -1, [&](auto&& store) { store(d); });
 }
 
 template <int kVectorBytes, int kUnroll>
@@ -157,29 +192,39 @@ std::string describe(const PermutePolicy& policy) {
 
 void permute(const PermuteProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("permute", ctx);
-  PermutePolicy policy = select_permute_policy(p, device.num_sms, device.l2_bytes);
-  override_policy("permute", ctx.policy,
-                  {{"by_token", &policy.by_token, {0, p.slot_row != nullptr}},
-                   {"unroll", &policy.unroll, {1, 2, 4}},
-                   {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
-                   {"streaming", &policy.streaming, {0, 1}}});
+  const TuningSizes sizes{.rows = p.out_rows,
+                          .width = p.row_bytes,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  const PermutePolicy policy = tuned("permute", sizes, ctx, [&](std::string_view text) {
+    PermutePolicy chosen = select_permute_policy(p, device.num_sms, device.l2_bytes);
+    override_policy("permute", text,
+                    {{"by_token", &chosen.by_token, {0, p.slot_row != nullptr}},
+                     {"unroll", &chosen.unroll, {1, 2, 4}},
+                     {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
+                     {"streaming", &chosen.streaming, {0, 1}}});
+    return chosen;
+  });
   if (explained(ctx, "permute", [&] { return describe(policy); })) return;
-  if (p.out_rows == 0 || p.row_bytes == 0) return;
+  if (p.out_rows == 0 || p.row_bytes + p.scales.row_bytes == 0) return;
 
-  const PermuteArgs args{.x = p.x,
-                         .out = p.out,
-                         .x_rows = p.x_rows,
-                         .x_pitch = p.x_pitch,
-                         .out_rows = p.out_rows,
-                         .out_pitch = p.out_pitch,
-                         .vectors = p.row_bytes / policy.vector_bytes,
-                         .tail_bytes = static_cast<int>(p.row_bytes % policy.vector_bytes),
-                         .streaming = policy.streaming != 0,
-                         .map = p.map.data,
-                         .map_is_i64 = p.map.is_i64,
-                         .slot_row = p.slot_row,
-                         .top_k = static_cast<int>(p.top_k),
-                         .num_rows = p.num_rows};
+  const PermuteArgs args{
+      .x = p.x,
+      .out = p.out,
+      .x_rows = p.x_rows,
+      .x_pitch = p.x_pitch,
+      .out_rows = p.out_rows,
+      .out_pitch = p.out_pitch,
+      .scales = p.scales,
+      .scale_unit = common_alignment(permute_bits(p.scales) | p.scales.row_bytes) >= 4 ? 4 : 1,
+      .vectors = p.row_bytes / policy.vector_bytes,
+      .tail_bytes = static_cast<int>(p.row_bytes % policy.vector_bytes),
+      .streaming = policy.streaming != 0,
+      .map = p.map.data,
+      .map_is_i64 = p.map.is_i64,
+      .slot_row = p.slot_row,
+      .top_k = static_cast<int>(p.top_k),
+      .num_rows = p.num_rows};
   const DeviceGuard guard(device);
   switch (policy.vector_bytes) {
     case 16:

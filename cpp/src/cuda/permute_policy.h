@@ -26,6 +26,12 @@ constexpr int common_alignment(std::uint64_t bits) {
   return 1;
 }
 
+/// The addresses and pitches of a move, or'ed together.
+inline std::uint64_t permute_bits(const RowMove& m) {
+  return reinterpret_cast<std::uintptr_t>(m.x) | reinterpret_cast<std::uintptr_t>(m.out) |
+         static_cast<std::uint64_t>(m.x_pitch) | static_cast<std::uint64_t>(m.out_pitch);
+}
+
 inline PermutePolicy select_permute_policy(const PermuteProblem& p, int num_sms, std::size_t l2_bytes) {
   constexpr std::int64_t kMaxThreads = 256;
   // A row is cut so that every SM gets two blocks; from four blocks an SM on, a thread takes several vectors.

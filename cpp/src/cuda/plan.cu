@@ -15,312 +15,27 @@
 
 #include <string>
 
-#include "cuda/device/division.cuh"
-#include "cuda/device/ptx.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/plan_policy.h"
+#include "cuda/plan.cuh"
 #include "cuda/policy_override.h"
 #include "cuda/runtime.h"
 #include "moecore/error.h"
-#include "ops/route.h"
 
 namespace moecore::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxExpertsPerThread = static_cast<int>(kMaxExperts) / kPlanTileThreads;
-
-struct PlanArgs {
-  const void* ids;
-  bool ids_are_i64;
-  std::int64_t ids_stride;
-  unsigned num_routes, top_k;
-  dev::Divisor by_top_k, by_alignment;
-  int num_experts;
-  const std::int32_t* expert_map;
-  std::int64_t num_global, first_expert;
-  std::int32_t *expert_offsets, *scale_offsets, *row_token, *slot_row, *row_route, *sizes1, *sizes2;
-  std::int32_t scale_alignment, n1, hidden, inter;
-  bool swap_ab;
-  std::int32_t* counts;  // [blocks, num_experts]
-  unsigned routes_per_block;
-  int experts_per_thread;
-};
-
-// The local expert of route r, or -1.
-__device__ int expert_of(const PlanArgs& args, unsigned r) {
-  std::int64_t i = r;
-  if (args.ids_stride != args.top_k) {
-    const unsigned t = args.by_top_k.divide(r);
-    i = t * args.ids_stride + (r - t * args.top_k);
-  }
-  std::int64_t id = args.ids_are_i64 ? static_cast<const std::int64_t*>(args.ids)[i]
-                                     : static_cast<const std::int32_t*>(args.ids)[i];
-  if (args.expert_map)
-    id = id >= 0 && id < args.num_global ? args.expert_map[id] : -1;
-  else
-    id -= args.first_expert;
-  return id >= 0 && id < args.num_experts ? static_cast<int>(id) : -1;
-}
-
-// What a thread knows of its routes in a tile: route round * 32 + lane of the warp's part.
-template <int kRounds>
-struct Tile {
-  int expert[kRounds];
-  int rank[kRounds];  // among the warp's routes of the same expert
-
-  static __device__ unsigned route(unsigned begin, int round) {
-    return begin + (threadIdx.x / 32 * kRounds + round) * 32 + threadIdx.x % 32;
-  }
-
-  __device__ void load(const PlanArgs& args, unsigned begin, unsigned end) {
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i)
-      expert[i] = route(begin, i) < end ? expert_of(args, route(begin, i)) : -1;
-  }
-
-  // Adds the warp's routes to its zeroed counts[num_experts].
-  __device__ void rank_in_warp(std::uint16_t* counts, int num_experts) {
-    // The lanes with the same expert, bit by bit: the match instruction takes a step for every distinct
-    // value. Experts of -1 are no expert's lanes: the bits of num_experts hold a value that none has.
-    const int bits = 32 - __clz(num_experts);
-    unsigned same[kRounds];
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) same[i] = dev::kWholeWarp;
-#pragma unroll 4
-    for (int b = 0; b < bits; ++b) {
-#pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
-        const bool bit = (expert[i] >= 0 ? expert[i] : num_experts) >> b & 1;
-        const unsigned vote = __ballot_sync(dev::kWholeWarp, bit);
-        same[i] &= bit ? vote : ~vote;
-      }
-    }
-    const unsigned below = (1u << threadIdx.x % 32) - 1;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int before = expert[i] >= 0 ? counts[expert[i]] : 0;
-      rank[i] = before + __popc(same[i] & below);
-      __syncwarp();
-      if (expert[i] >= 0 && (same[i] & below) == 0)
-        counts[expert[i]] = static_cast<std::uint16_t>(before + __popc(same[i]));
-      __syncwarp();
-    }
-  }
-};
-
-// Turns the warps' counts of expert e into their exclusive sums; returns the expert's count in the tile.
-__device__ int sum_over_warps(std::uint16_t* counts, int num_warps, int num_experts, int e) {
-  int sum = 0;
-#pragma unroll 8
-  for (int w = 0; w < num_warps; ++w) {
-    const int count = counts[w * num_experts + e];
-    counts[w * num_experts + e] = static_cast<std::uint16_t>(sum);
-    sum += count;
-  }
-  return sum;
-}
-
-// A row that route r owns.
-__device__ __forceinline__ void write_row(const PlanArgs& args, int row, unsigned r) {
-  args.row_token[row] = static_cast<std::int32_t>(args.by_top_k.divide(r));
-  if (args.row_route) args.row_route[row] = static_cast<std::int32_t>(r);
-}
-
-// The grid's share of the rows that no route owns.
-__device__ void clear_rows(const PlanArgs& args, int num_rows) {
-  for (unsigned row = num_rows + blockIdx.x * blockDim.x + threadIdx.x; row < args.num_routes;
-       row += gridDim.x * blockDim.x) {
-    args.row_token[row] = -1;
-    if (args.row_route) args.row_route[row] = -1;
-  }
-}
-
-__device__ void zero(std::uint16_t* counts, int n) {
-  // Two counts a store: n is even or the array is padded to 16 bytes.
-  auto* words = reinterpret_cast<std::uint32_t*>(counts);
-  for (int i = threadIdx.x; i < (n + 1) / 2; i += blockDim.x) words[i] = 0;
-}
-
-// A count and the number of scale blocks it fills in one integer, which sums both. Word is 32 bits where the
-// sums fit in 16 each (the one-launch form), else 64.
-template <class Word>
-struct Packed {
-  static constexpr int kHalf = sizeof(Word) * 4;
-
-  static __device__ Word make(int count, int blocks) {
-    return static_cast<Word>(blocks) << kHalf | static_cast<Word>(count);
-  }
-  static __device__ int count(Word w) { return static_cast<int>(w & ((Word{1} << kHalf) - 1)); }
-  static __device__ int blocks(Word w) { return static_cast<int>(w >> kHalf); }
-};
-
-__device__ __forceinline__ int scale_blocks(const PlanArgs& args, int count) {
-  return static_cast<int>(args.by_alignment.divide(static_cast<unsigned>(count + args.scale_alignment - 1)));
-}
-
-// Everything that is one entry per expert. `first` and `scale_first` are the sums over the experts before e.
-__device__ void write_expert(const PlanArgs& args, int e, int count, int first, int scale_first) {
-  args.expert_offsets[e] = first;
-  args.scale_offsets[e] = scale_first;
-  if (e == args.num_experts - 1) {
-    args.expert_offsets[e + 1] = first + count;
-    args.scale_offsets[e + 1] = scale_first + scale_blocks(args, count) * args.scale_alignment;
-  }
-  auto write_sizes = [&](std::int32_t* sizes, int n, int k) {
-    if (!sizes) return;
-    sizes[3 * e] = args.swap_ab ? n : count;
-    sizes[3 * e + 1] = args.swap_ab ? count : n;
-    sizes[3 * e + 2] = k;
-  };
-  write_sizes(args.sizes1, args.n1, args.hidden);
-  write_sizes(args.sizes2, args.hidden, args.inter);
-}
-
-// The experts of a thread are consecutive.
-struct ExpertRange {
-  int begin, end;
-
-  __device__ explicit ExpertRange(const PlanArgs& args) {
-    begin = static_cast<int>(threadIdx.x) * args.experts_per_thread;
-    end = min(begin + args.experts_per_thread, args.num_experts);
-  }
-};
-
-// Turns counts[e] of all experts, each written by the thread whose range holds e, into their first rows
-// (visible after the caller's next barrier) and writes the per-expert outputs if `write`. Returns the number
-// of owned rows.
-template <class Word>
-__device__ int scan_experts(const PlanArgs& args, std::int32_t* counts, Word* scratch, bool write) {
-  using Pair = Packed<Word>;
-  const ExpertRange range(args);
-  Word sum = 0;
-  for (int e = range.begin; e < range.end; ++e) sum += Pair::make(counts[e], scale_blocks(args, counts[e]));
-  Word total;
-  Word before = dev::block_exclusive_scan(sum, scratch, &total);
-  for (int e = range.begin; e < range.end; ++e) {
-    const int count = counts[e];
-    counts[e] = Pair::count(before);
-    if (write) write_expert(args, e, count, Pair::count(before), Pair::blocks(before) * args.scale_alignment);
-    before += Pair::make(count, scale_blocks(args, count));
-  }
-  return Pair::count(total);
-}
-
-__global__ void __launch_bounds__(kMaxThreads) plan_tiny_kernel(const PlanArgs args) {
+__global__ void __launch_bounds__(kPlanMaxThreads) plan_tiny_kernel(const PlanArgs args) {
   dev::wait_for_predecessor();
   dev::release_successor();
-  const unsigned lane = threadIdx.x % 32;
-  const int num_routes = static_cast<int>(args.num_routes);
-  const int expert = lane < args.num_routes ? expert_of(args, lane) : -1;
-  const int key = expert >= 0 ? expert : args.num_experts;  // above every expert: counts for none
-
-  // The lane's route: routes of lower experts, and earlier ones of its own.
-  int lower = 0, rank = 0;
-#pragma unroll 8
-  for (int j = 0; j < num_routes; ++j) {
-    const int other = __shfl_sync(dev::kWholeWarp, key, j);
-    lower += other < key;
-    rank += other == key && j < static_cast<int>(lane);
-  }
-  const int num_rows = __popc(__ballot_sync(dev::kWholeWarp, expert >= 0));
-  // Every route whose rank is a multiple of the alignment opens a scale block.
-  const unsigned in_block = rank - args.by_alignment.divide(rank) * args.scale_alignment;
-  const unsigned opens_block = __ballot_sync(dev::kWholeWarp, expert >= 0 && in_block == 0);
-  if (threadIdx.x < args.num_routes) {
-    args.slot_row[lane] = expert >= 0 ? lower + rank : -1;
-    if (expert >= 0) write_row(args, lower + rank, lane);
-  }
-  clear_rows(args, num_rows);
-
-  for (int first = static_cast<int>(threadIdx.x - lane); first < args.num_experts;
-       first += static_cast<int>(blockDim.x)) {
-    const int e = first + static_cast<int>(lane);
-    int count = 0, rows = 0, blocks = 0;
-#pragma unroll 8
-    for (int j = 0; j < num_routes; ++j) {
-      const int other = __shfl_sync(dev::kWholeWarp, key, j);
-      count += other == e;
-      rows += other < e;
-      blocks += other < e && (opens_block >> j & 1);
-    }
-    if (e < args.num_experts) write_expert(args, e, count, rows, blocks * args.scale_alignment);
-  }
+  plan_tiny(args);
 }
 
 template <int kRounds>
-__global__ void __launch_bounds__(kMaxThreads) plan_single_kernel(const PlanArgs args) {
+__global__ void __launch_bounds__(kPlanMaxThreads) plan_single_kernel(const PlanArgs args) {
   extern __shared__ std::uint64_t smem[];
-  const unsigned num_blocks = gridDim.x, self = blockIdx.x;  // of the one cluster
-  const unsigned share = args.routes_per_block;
-  const unsigned share_begin = self * share, share_end = min(share_begin + share, args.num_routes);
-  const int num_warps = static_cast<int>((share + 32 * kRounds - 1) / (32 * kRounds));  // that own routes
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  auto* scratch = reinterpret_cast<std::uint32_t*>(smem);
-  auto* offsets = reinterpret_cast<std::int32_t*>(smem + 32);
-  auto* block_counts = offsets + args.num_experts;  // read by the other blocks
-  auto* row_order = block_counts + args.num_experts;
-  auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (num_blocks == 1 ? args.num_routes : 0));
-  zero(counts, num_warps * args.num_experts);
-  dev::wait_for_predecessor();
-  dev::release_successor();
-
-  // Phase 1: ranks inside the warps, then inside the block.
-  Tile<kRounds> tile;
-  tile.load(args, share_begin, share_end);
-  __syncthreads();
-  if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
-  __syncthreads();
-  const ExpertRange range(args);
-  for (int e = range.begin; e < range.end; ++e)
-    offsets[e] = block_counts[e] = sum_over_warps(counts, num_warps, args.num_experts, e);
-  // Phase 2: offsets of the experts, then of this block's part of each.
-  int before[kMaxExpertsPerThread] = {};
-  if (num_blocks > 1) {
-    dev::cluster_arrive();
-    dev::cluster_wait();
-#pragma unroll
-    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
-      const int e = range.begin + i;
-      if (e >= range.end) break;
-      int total = 0;
-#pragma unroll
-      for (unsigned b = 0; b < kPlanClusterBlocks; ++b) {
-        const int count = dev::load_from_block(block_counts + e, b);
-        total += count;
-        before[i] += b < self ? count : 0;
-      }
-      offsets[e] = total;
-    }
-    dev::cluster_arrive();  // this block reads no other's memory from here on
-  }
-  const int num_rows = scan_experts(args, offsets, scratch, self == 0);
-#pragma unroll
-  for (int i = 0; i < kMaxExpertsPerThread; ++i)
-    if (range.begin + i < range.end) offsets[range.begin + i] += before[i];
-  __syncthreads();
-  // Phase 3: rows of slots, routes of rows.
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const unsigned r = Tile<kRounds>::route(share_begin, i);
-    if (r >= share_end) break;
-    const int e = tile.expert[i];
-    const int row = e >= 0 ? offsets[e] + counts[warp * args.num_experts + e] + tile.rank[i] : -1;
-    args.slot_row[r] = row;
-    if (row < 0) continue;
-    if (num_blocks == 1)
-      row_order[row] = static_cast<std::int32_t>(r);
-    else
-      write_row(args, row, r);
-  }
-  if (num_blocks == 1) {
-    __syncthreads();
-    for (int row = static_cast<int>(threadIdx.x); row < num_rows; row += static_cast<int>(blockDim.x))
-      write_row(args, row, static_cast<unsigned>(row_order[row]));
-  } else {
-    dev::cluster_wait();  // no block leaves while another reads its counts
-  }
-  clear_rows(args, num_rows);
+  plan_single<kRounds>(args, smem, [] {
+    dev::wait_for_predecessor();
+    dev::release_successor();
+  });
 }
 
 __global__ void __launch_bounds__(kPlanTileThreads) plan_count_kernel(const PlanArgs args) {
@@ -446,10 +161,10 @@ std::size_t workspace_bytes(const PlanPolicy& policy, std::int64_t num_experts) 
 
 // The selected policy with the caller's changes.
 PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int compute_capability,
-                         const ExecContext& ctx) {
+                         std::string_view text, const ExecContext& ctx) {
   PlanPolicy policy = select_plan_policy(num_routes, num_experts, compute_capability);
-  if (ctx.policy.empty()) return policy;
-  override_policy("plan", ctx.policy,
+  if (text.empty()) return policy;
+  override_policy("plan", text,
                   {{"tiny", &policy.tiny, {0, policy.tiny}},
                    {"launches", &policy.launches, {1, 2}},
                    {"blocks", &policy.blocks, {1, kPlanClusterBlocks, 16, 32, 64, 128}},
@@ -465,7 +180,7 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
                          : policy.threads == kPlanTileThreads && policy.rounds == kPlanTileRounds;
   if (!holds || ctx.workspace.size() < workspace_bytes(policy, num_experts))
     throw InvalidArgument(
-        "plan: policy is \"" + std::string(ctx.policy) +
+        "plan: policy is \"" + std::string(text) +
         "\", expected launches=1 with room for all routes in one cluster, or launches=2 with "
         "threads=" +
         std::to_string(kPlanTileThreads) + " rounds=" + std::to_string(kPlanTileRounds) +
@@ -483,39 +198,16 @@ std::size_t plan_workspace_bytes(std::int64_t num_routes, std::int64_t num_exper
 void plan(const PlanProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("plan", ctx);
   const std::int64_t num_routes = p.num_tokens * p.top_k;
-  const PlanPolicy policy = choose_policy(num_routes, p.num_experts, device.compute_capability, ctx);
+  const TuningSizes sizes{.rows = num_routes,
+                          .experts = p.num_experts,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  const PlanPolicy policy = tuned("plan", sizes, ctx, [&](std::string_view text) {
+    return choose_policy(num_routes, p.num_experts, device.compute_capability, text, ctx);
+  });
   if (explained(ctx, "plan", [&] { return describe(policy); })) return;
 
-  PlanArgs args{.ids = p.ids.data,
-                .ids_are_i64 = p.ids.is_i64,
-                .ids_stride = p.ids_stride,
-                .num_routes = static_cast<unsigned>(num_routes),
-                .top_k = static_cast<unsigned>(p.top_k),
-                .by_top_k = dev::Divisor(static_cast<unsigned>(std::max<std::int64_t>(1, p.top_k))),
-                .by_alignment = dev::Divisor(static_cast<unsigned>(p.scale_alignment)),
-                .num_experts = static_cast<int>(p.num_experts),
-                .expert_map = p.expert_map,
-                .num_global = p.num_global,
-                .first_expert = p.first_expert,
-                .expert_offsets = p.expert_offsets,
-                .scale_offsets = p.scale_offsets,
-                .row_token = p.row_token,
-                .slot_row = p.slot_row,
-                .row_route = p.row_route,
-                .sizes1 = p.problem_sizes1,
-                .sizes2 = p.problem_sizes2,
-                .scale_alignment = static_cast<std::int32_t>(p.scale_alignment),
-                .n1 = static_cast<std::int32_t>(p.gated ? 2 * p.inter : p.inter),
-                .hidden = static_cast<std::int32_t>(p.hidden),
-                .inter = static_cast<std::int32_t>(p.inter),
-                .swap_ab = p.swap_ab,
-                .counts = reinterpret_cast<std::int32_t*>(ctx.workspace.data()),
-                .routes_per_block = 0,
-                .experts_per_thread = 0};
-  const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks;
-  const std::int64_t tiles = policy.launches == 1 ? share : (share + kPlanTile - 1) / kPlanTile * kPlanTile;
-  args.routes_per_block = static_cast<unsigned>(tiles);
-  args.experts_per_thread = static_cast<int>((p.num_experts + policy.threads - 1) / policy.threads);
+  const PlanArgs args = make_plan_args(p, policy, reinterpret_cast<std::int32_t*>(ctx.workspace.data()));
   LaunchConfig config{.grid = dim3(policy.blocks),
                       .block = dim3(policy.threads),
                       .smem_bytes = plan_smem_bytes(policy, num_routes, p.num_experts),

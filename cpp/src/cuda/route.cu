@@ -1,4 +1,5 @@
-// route: logits -> the k largest experts of every token and their weights. A warp routes one token.
+// route: logits -> the k largest experts of every token and their weights. The packed form is in
+// route_packed.cuh; the general form, for any E and K, is here: a warp routes one token.
 //
 // Lane l holds experts l, l + 32, l + 64, ... in registers. Selection works on keys mapped to unsigned
 // integers of the same order, 0 for what cannot be selected: the largest of the warp and then the lowest
@@ -6,56 +7,18 @@
 // logits, a slot a lane, so no score array is kept. Sums run in the order of the CPU engine (16 interleaved
 // partial sums, then halves), which makes the weights equal bit for bit.
 
-#include <cuda_fp16.h>
-
 #include <string>
 
-#include "cuda/device/math.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/policy_override.h"
+#include "cuda/route.cuh"
+#include "cuda/route_packed.cuh"
 #include "cuda/route_policy.h"
 #include "cuda/runtime.h"
 
 namespace moecore::cuda {
 namespace {
-
-constexpr unsigned kNone = 0;  // the ordered key of what cannot be selected
-
-struct RouteArgs {
-  const void* logits;
-  DType dtype;
-  std::int64_t num_tokens, logits_stride;
-  int num_experts, top_k;
-  float* weights;
-  std::int64_t weights_stride;
-  std::int32_t* ids;
-  std::int64_t ids_stride;
-  Scoring scoring;
-  GroupScore group_score;
-  const float* bias;
-  int num_groups, topk_groups, group_size;
-  bool renormalize;
-  float scale;
-  const std::uint8_t* is_padding;
-};
-
-__device__ __forceinline__ float minus_infinity() {
-  return __int_as_float(0xFF800000);
-}
-
-__device__ __forceinline__ bool is_finite(float x) {
-  return fabsf(x) < __int_as_float(0x7F800000);
-}
-
-// Orders as the float does, -0 equal to +0. Never kNone.
-__device__ __forceinline__ unsigned ordered(float key) {
-  const int bits = __float_as_int(key + 0.0f);
-  return static_cast<unsigned>(bits ^ (bits >> 31 | static_cast<int>(0x80000000)));
-}
-__device__ __forceinline__ float from_ordered(unsigned u) {
-  return __int_as_float(static_cast<int>(u & 0x80000000 ? u ^ 0x80000000 : ~u));
-}
 
 // A lane's keys as a queue: the largest first, of equal ones the lowest place first. Key i of the lane has
 // the index i * 32 + lane in the warp. Few keys are sorted once, so that taking one is a shift of registers.
@@ -254,12 +217,6 @@ __device__ __forceinline__ void keep_best_groups(const RouteArgs& args, unsigned
     if (!kept[i]) keys[i] = kNone;
 }
 
-template <bool kSoftmax>
-__device__ __forceinline__ float score_of(const RouteArgs& args, float logit, float top, float sum) {
-  if constexpr (kSoftmax) return dev::exp(logit - top) / sum;
-  return args.scoring == Scoring::kSigmoid ? dev::sigmoid(logit) : logit;
-}
-
 // Logits as they lie in memory, so that a load can be on its way while another token is routed.
 template <int kPerLane>
 struct Logits {
@@ -281,19 +238,6 @@ struct Logits {
     }
   }
 };
-
-__device__ __forceinline__ float widen(unsigned raw, DType dtype) {
-  if (dtype == DType::kF32) return __uint_as_float(raw);
-  if (dtype == DType::kBF16) return __uint_as_float(raw << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
-}
-
-__device__ __forceinline__ float load_logit(const RouteArgs& args, std::int64_t t, int e) {
-  const std::int64_t i = t * args.logits_stride + e;
-  return widen(args.dtype == DType::kF32 ? static_cast<const unsigned*>(args.logits)[i]
-                                         : static_cast<const unsigned short*>(args.logits)[i],
-               args.dtype);
-}
 
 template <int kPerLane, bool kSoftmax, bool kScoreKeys>
 __device__ __forceinline__ void route_token(const RouteArgs& args, std::int64_t t,
@@ -435,48 +379,97 @@ auto select_kernel(const RouteArgs& args, int per_lane) {
   return score_keys ? select_kernel<false, true>(per_lane) : select_kernel<false, false>(per_lane);
 }
 
+template <int kLanes, int kPerLane, bool kSoftmax, RouteKeys kKeys>
+__global__ void __launch_bounds__(kRouteMaxThreads) route_packed_kernel(const RouteArgs args) {
+  constexpr int kTokens = 32 / kLanes;
+  __shared__ RouteScratch scratch[kRouteMaxThreads / 32 * kTokens];
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  const std::int64_t warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (std::int64_t first = (blockIdx.x * warps + warp) * kTokens; first < args.num_tokens;
+       first += gridDim.x * warps * kTokens)
+    route_packed<kLanes, kPerLane, kSoftmax, kKeys>(args, first, args.num_tokens, scratch + warp * kTokens);
+}
+
+template <bool kSoftmax, RouteKeys kKeys>
+auto select_packed_kernel(const RoutePolicy& policy) {
+  switch (policy.lanes * 64 + policy.per_lane) {
+    case 8 * 64 + 4:
+      return route_packed_kernel<8, 4, kSoftmax, kKeys>;
+    case 8 * 64 + 8:
+      return route_packed_kernel<8, 8, kSoftmax, kKeys>;
+    case 8 * 64 + 16:
+      return route_packed_kernel<8, 16, kSoftmax, kKeys>;
+    case 8 * 64 + 32:
+      return route_packed_kernel<8, 32, kSoftmax, kKeys>;
+    case 16 * 64 + 8:
+      return route_packed_kernel<16, 8, kSoftmax, kKeys>;
+    case 16 * 64 + 16:
+      return route_packed_kernel<16, 16, kSoftmax, kKeys>;
+    case 32 * 64 + 4:
+      return route_packed_kernel<32, 4, kSoftmax, kKeys>;
+    case 32 * 64 + 8:
+      return route_packed_kernel<32, 8, kSoftmax, kKeys>;
+    default:
+      return route_packed_kernel<32, 16, kSoftmax, kKeys>;
+  }
+}
+
+auto select_packed_kernel(const RouteArgs& args, const RoutePolicy& policy) {
+  if (args.scoring == Scoring::kSoftmax) return select_packed_kernel<true, RouteKeys::kLogit>(policy);
+  if (args.num_groups > 1) return select_packed_kernel<false, RouteKeys::kGrouped>(policy);
+  return args.bias ? select_packed_kernel<false, RouteKeys::kScore>(policy)
+                   : select_packed_kernel<false, RouteKeys::kLogit>(policy);
+}
+
 std::string describe(const RoutePolicy& policy) {
-  return "cuda, a warp a token, " + std::to_string(policy.per_lane) +
-         " experts a lane, threads=" + std::to_string(policy.threads) +
+  return "cuda, " +
+         (policy.lanes > 0 ? "lanes=" + std::to_string(policy.lanes) + " a token" : "a warp a token") + ", " +
+         std::to_string(policy.per_lane) + " experts a lane, threads=" + std::to_string(policy.threads) +
          " blocks=" + std::to_string(policy.blocks);
+}
+
+// The selected policy with the caller's changes.
+RoutePolicy choose_policy(const RouteProblem& p, int num_sms, std::string_view text) {
+  RoutePolicy policy = select_route_policy(p, num_sms);
+  if (text.empty()) return policy;
+  int lanes = policy.lanes, threads = 0, blocks = 0;
+  override_policy("route", text,
+                  {{"lanes", &lanes, {0, 8, 16, 32}},
+                   {"threads", &threads, {32, 64, 128}},
+                   {"blocks", &blocks, {132, 264, 528, 1056, 2112}}});
+  if (lanes != policy.lanes) {
+    policy = lanes == 0 ? general_route_policy(p, num_sms) : packed_route_policy(p, lanes, num_sms);
+    if (policy.lanes != lanes)
+      throw InvalidArgument("route: policy is \"" + std::string(text) +
+                            "\", expected lanes that can hold the experts and groups");
+  }
+  if (threads > 0) policy.threads = threads;
+  if (blocks > 0) policy.blocks = blocks;
+  return policy;
 }
 
 }  // namespace
 
 void route(const RouteProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("route", ctx);
-  RoutePolicy policy = select_route_policy(p.num_tokens, p.num_experts, device.num_sms);
-  override_policy(
-      "route", ctx.policy,
-      {{"threads", &policy.threads, {32, 64, 128}}, {"blocks", &policy.blocks, {132, 264, 528, 1056, 2112}}});
+  const TuningSizes sizes{.rows = p.num_tokens,
+                          .experts = p.num_experts,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  const RoutePolicy policy = tuned(
+      "route", sizes, ctx, [&](std::string_view text) { return choose_policy(p, device.num_sms, text); });
   if (explained(ctx, "route", [&] { return describe(policy); })) return;
   if (p.num_tokens == 0) return;
 
-  const RouteArgs args{.logits = p.logits,
-                       .dtype = p.dtype,
-                       .num_tokens = p.num_tokens,
-                       .logits_stride = p.logits_stride,
-                       .num_experts = static_cast<int>(p.num_experts),
-                       .top_k = static_cast<int>(p.top_k),
-                       .weights = p.weights,
-                       .weights_stride = p.weights_stride,
-                       .ids = p.ids,
-                       .ids_stride = p.ids_stride,
-                       .scoring = p.scoring,
-                       .group_score = p.group_score,
-                       .bias = p.bias,
-                       .num_groups = static_cast<int>(p.num_groups),
-                       .topk_groups = static_cast<int>(p.topk_groups),
-                       .group_size = static_cast<int>(p.num_experts / p.num_groups),
-                       .renormalize = p.renormalize,
-                       .scale = p.scale,
-                       .is_padding = p.is_padding};
+  const RouteArgs args = make_route_args(p, policy.lanes);
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(policy.blocks)),
                             .block = dim3(policy.threads),
                             .stream = stream(ctx),
                             .dependent = true};
   const DeviceGuard guard(device);
-  launch("route", device, config, select_kernel(args, policy.per_lane), args);
+  launch("route", device, config,
+         policy.lanes > 0 ? select_packed_kernel(args, policy) : select_kernel(args, policy.per_lane), args);
 }
 
 }  // namespace moecore::cuda

@@ -10,6 +10,7 @@
 #include "ops/plan.h"
 #include "ops/quantize.h"
 #include "ops/route.h"
+#include "ops/route_plan.h"
 #include "ops/transpose_experts.h"
 
 namespace moecore::cuda {
@@ -29,6 +30,9 @@ void route(const RouteProblem&, const ExecContext&) {
 }
 void plan(const PlanProblem&, const ExecContext&) {
   refuse("plan");
+}
+void route_plan(const RoutePlanProblem&, const ExecContext&) {
+  refuse("route_plan");
 }
 void permute(const PermuteProblem&, const ExecContext&) {
   refuse("permute");

@@ -9,14 +9,19 @@
 
 namespace moecore {
 
-struct PermuteProblem {
-  const std::byte* x = nullptr;  // x_rows rows, x_pitch bytes apart
-  std::int64_t x_rows = 0;
+/// Where rows of bytes come from and go to: rows of `x` and of `out` are the pitches apart.
+struct RowMove {
+  const std::byte* x = nullptr;
   std::int64_t x_pitch = 0;
-  std::byte* out = nullptr;  // out_rows rows, out_pitch bytes apart
-  std::int64_t out_rows = 0;
+  std::byte* out = nullptr;
   std::int64_t out_pitch = 0;
   std::int64_t row_bytes = 0;
+};
+
+struct PermuteProblem : RowMove {
+  RowMove scales{};  // moved beside the rows; row_bytes is 0 without them
+  std::int64_t x_rows = 0;
+  std::int64_t out_rows = 0;
   IndexRef map;  // [out_rows]: source row, outside [0, x_rows) = zeros
   // permute only: the same mapping seen from the source, [x_rows, top_k] with -1 for no copy. Rows from
   // *num_rows on are owned by no source row.

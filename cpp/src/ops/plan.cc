@@ -2,9 +2,7 @@
 
 #include <limits>
 
-#include "core/check.h"
 #include "core/table.h"
-#include "moecore/plan.h"
 #include "ops/route.h"
 
 namespace moecore {
@@ -27,8 +25,8 @@ std::size_t plan_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k, st
                                           : cpu::plan_workspace_bytes(num_tokens * top_k, num_experts);
 }
 
-void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, const ExecContext& ctx) {
-  const Check check("plan", ctx);
+PlanProblem make_plan_problem(const Check& check, const TensorView& ids, const Plan& out,
+                              const PlanOptions& options, const ExecContext& ctx) {
   check.tensor("ids", ids, IndexTypes::kRows, 2);
   const std::int64_t num_tokens = ids.shape[0], top_k = ids.shape[1], num_routes = num_tokens * top_k;
   const std::int64_t num_experts = options.num_experts;
@@ -80,6 +78,11 @@ void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, co
   problem.inter = options.inter;
   problem.gated = options.gated;
   problem.swap_ab = options.swap_ab;
+  return problem;
+}
+
+void plan(const TensorView& ids, const Plan& out, const PlanOptions& options, const ExecContext& ctx) {
+  const PlanProblem problem = make_plan_problem(Check("plan", ctx), ids, out, options, ctx);
   run_on_backend(cpu::plan, cuda::plan, problem, ctx);
 }
 

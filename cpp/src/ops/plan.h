@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/check.h"
 #include "core/index.h"
+#include "moecore/plan.h"
 #include "ops/backend.h"
 
 namespace moecore {
@@ -33,6 +35,10 @@ struct PlanProblem {
   bool gated = true;
   bool swap_ab = false;
 };
+
+/// Checks the arguments of plan, its workspace included.
+PlanProblem make_plan_problem(const Check& check, const TensorView& ids, const Plan& out,
+                              const PlanOptions& options, const ExecContext& ctx);
 
 namespace cpu {
 BackendFn<PlanProblem> plan;

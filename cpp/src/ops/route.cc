@@ -1,12 +1,9 @@
 #include "ops/route.h"
 
-#include "core/check.h"
-
 namespace moecore {
 
-void route(const TensorView& logits, const TensorView& weights, const TensorView& ids,
-           const RouteOptions& options, const ExecContext& ctx) {
-  const Check check("route", ctx);
+RouteProblem make_route_problem(const Check& check, const TensorView& logits, const TensorView& weights,
+                                const TensorView& ids, const RouteOptions& options) {
   check.tensor("logits", logits, RouteTypes::kRows, 2);
   check.tensor("weights", weights, F32Type::kRows, 2, Check::Access::kOut);
   check.tensor("ids", ids, I32Type::kRows, 2, Check::Access::kOut);
@@ -33,7 +30,7 @@ void route(const TensorView& logits, const TensorView& weights, const TensorView
     check.tensor("is_padding", *options.is_padding, MaskTypes::kRows, 1);
     check.dim("is_padding", *options.is_padding, 0, num_tokens, "num_tokens");
   }
-  const RouteProblem problem{
+  return {
       .logits = logits.data,
       .dtype = logits.dtype,
       .num_tokens = num_tokens,
@@ -53,6 +50,11 @@ void route(const TensorView& logits, const TensorView& weights, const TensorView
       .scale = options.scale,
       .is_padding = options.is_padding ? static_cast<const std::uint8_t*>(options.is_padding->data) : nullptr,
   };
+}
+
+void route(const TensorView& logits, const TensorView& weights, const TensorView& ids,
+           const RouteOptions& options, const ExecContext& ctx) {
+  const RouteProblem problem = make_route_problem(Check("route", ctx), logits, weights, ids, options);
   run_on_backend(cpu::route, cuda::route, problem, ctx);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/check.h"
 #include "core/table.h"
 #include "moecore/route.h"
 #include "ops/backend.h"
@@ -32,6 +33,10 @@ struct RouteProblem {
   float scale = 1.0f;
   const std::uint8_t* is_padding = nullptr;  // [T] or none
 };
+
+/// Checks the arguments of route.
+RouteProblem make_route_problem(const Check& check, const TensorView& logits, const TensorView& weights,
+                                const TensorView& ids, const RouteOptions& options);
 
 namespace cpu {
 BackendFn<RouteProblem> route;

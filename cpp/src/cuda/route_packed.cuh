@@ -1,0 +1,390 @@
+#pragma once
+// route for up to 512 experts and 16 slots: kLanes lanes hold a token, so that a warp routes 32 / kLanes
+// tokens.
+//
+// Selection without a round per slot, as on the CPU. The k-th largest of 16 (32 for a whole warp) column
+// maxima bounds the k-th largest key from below; the few keys that reach it (about 11 of 256 for k = 8) are
+// listed in shared memory and placed by counting how many are larger. A token with more than kMaxCandidates
+// of them, by many equal keys, is routed slot by slot.
+//
+// Experts of lane l are l, l + kLanes, ..., or with groups a run of one group, so that a lane ranks its part
+// of the group by itself. Sums run in the order of the CPU engine: 16 partial sums by expert modulo 16, then
+// halves.
+
+#include "cuda/device/ptx.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/route.cuh"
+
+namespace moecore::cuda {
+
+/// What orders the experts: the logit, or score + bias, of all experts or of those of the best groups.
+enum class RouteKeys { kLogit, kScore, kGrouped };
+
+inline constexpr int kMaxCandidates = 64;
+inline constexpr int kMaxPackedSlots = 16;
+
+/// A token's shared memory.
+struct RouteScratch {
+  union {
+    alignas(16) float columns[32];
+    alignas(16) std::uint64_t keys[kMaxCandidates];
+  };
+  float values[kMaxCandidates];  // of the candidates: the logit with kLogit, else the score
+  alignas(16) float chosen_value[kMaxPackedSlots];
+  int chosen_id[kMaxPackedSlots];
+};
+
+// A key and its expert as one number: larger is better, equal keys rank the lower expert first.
+__device__ __forceinline__ std::uint64_t packed_key(float key, int e) {
+  return static_cast<std::uint64_t>(ordered(key)) << 32 | (0xFFFFFFFFu - static_cast<unsigned>(e));
+}
+__device__ __forceinline__ int packed_expert(std::uint64_t packed) {
+  return static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(packed));
+}
+
+// dev::exp(x) for x in [kNearest, 0], where the result is a normal number: the power of two is an addition.
+inline constexpr float kNearest = -86.0f;
+__device__ __forceinline__ float exp_near(float x) {
+  constexpr float kMagic = 12582912.0f;
+  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
+  float r = __fmaf_rn(n, -0x1.62e430p-1f, x);
+  r = __fmaf_rn(n, 0x1.05c610p-29f, r);
+  float q = 0.0013814486131f;
+  q = __fmaf_rn(q, r, 0.00836878055309f);
+  q = __fmaf_rn(q, r, 0.0416683938952f);
+  q = __fmaf_rn(q, r, 0.166665201068f);
+  q = __fmaf_rn(q, r, 0.499999934136f);
+  const float p = __fmaf_rn(r * r, q, r) + 1.0f;
+  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+__device__ __forceinline__ float sigmoid_near(float x) {
+  const float e = exp_near(-fabsf(x));
+  return dev::divide_by_one_plus(x < 0.0f ? e : 1.0f, 1.0f + e);
+}
+
+// Reductions over the kLanes lanes of a token.
+template <int kLanes>
+__device__ __forceinline__ float max_over_lanes(float x) {
+  if constexpr (kLanes == 32) {
+    return from_ordered(__reduce_max_sync(dev::kWholeWarp, ordered(x)));
+  } else {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(dev::kWholeWarp, x, step));
+    return x;
+  }
+}
+
+template <int kLanes, int kPerLane, bool kSoftmax, RouteKeys kKeys>
+struct PackedRouter {
+  const RouteArgs& args;
+  RouteScratch& scratch;  // of the lane's token
+  std::int64_t t;
+  int sub;  // lane within the token
+
+  float key[kPerLane];  // -infinity for what cannot be selected
+  float top = 0.0f, sum = 1.0f;
+
+  // key[i] is of expert first_expert() + i * kStep, if that exists.
+  static constexpr int kStep = kKeys == RouteKeys::kGrouped ? 1 : kLanes;
+  __device__ __forceinline__ int first_expert() const {
+    return kKeys == RouteKeys::kGrouped ? sub * args.experts_per_lane : sub;
+  }
+  __device__ __forceinline__ bool exists(int i) const {
+    return kKeys == RouteKeys::kGrouped ? i < args.experts_per_lane : i * kLanes + sub < args.num_experts;
+  }
+
+  template <class Element>
+  __device__ __forceinline__ void load(float (&x)[kPerLane]) const {
+    const Element* own = static_cast<const Element*>(args.logits) + t * args.logits_stride + first_expert();
+    if constexpr (kKeys == RouteKeys::kGrouped && sizeof(Element) == 4) {
+      if (args.vector_loads) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; i += 4) {
+          const uint4 four = exists(i) ? __ldg(reinterpret_cast<const uint4*>(own + i)) : uint4{};
+          x[i] = __uint_as_float(four.x), x[i + 1] = __uint_as_float(four.y);
+          x[i + 2] = __uint_as_float(four.z), x[i + 3] = __uint_as_float(four.w);
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = exists(i) ? widen(own[i * kStep], args.dtype) : 0.0f;
+  }
+
+  // Phase 1: keys.
+  __device__ __forceinline__ void make_keys() {
+    float x[kPerLane];
+    if (args.dtype == DType::kF32)
+      load<unsigned>(x);
+    else
+      load<unsigned short>(x);
+    if constexpr (kKeys == RouteKeys::kLogit) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(x[i]) && exists(i) ? x[i] : minus_infinity();
+    } else {
+      make_scores(x);
+    }
+  }
+  __device__ __forceinline__ void make_scores(const float (&x)[kPerLane]) {
+    float bias[kPerLane];  // asked for before the logits are there
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      bias[i] = args.bias && exists(i) ? __ldg(args.bias + first_expert() + i * kStep) : 0.0f;
+    bool far = false;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) far = far || !(fabsf(x[i]) <= -kNearest);
+    far = __any_sync(dev::kWholeWarp, far);
+    auto score_all = [&](auto&& score) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const bool live = is_finite(x[i]) && is_finite(bias[i]) && exists(i);
+        key[i] = live ? score(x[i]) + bias[i] : minus_infinity();
+      }
+    };
+    if (args.scoring != Scoring::kSigmoid)
+      score_all([](float v) { return v; });
+    else if (!far)
+      score_all([](float v) { return sigmoid_near(v); });
+    else
+      score_all([](float v) { return dev::sigmoid(v); });
+  }
+
+  // Phase 2: softmax's numbers.
+  __device__ __forceinline__ void sum_exponentials() {
+    float largest = key[0];
+#pragma unroll
+    for (int i = 1; i < kPerLane; ++i) largest = fmaxf(largest, key[i]);
+    largest = max_over_lanes<kLanes>(largest);
+    const bool any = largest > minus_infinity();
+    top = any ? largest : 0.0f;
+
+    float term[kPerLane];
+    bool far = false;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      far = far || !(key[i] - top >= kNearest);
+      term[i] = exp_near(key[i] - top);
+    }
+    if (__any_sync(dev::kWholeWarp, far)) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) term[i] = dev::exp(key[i] - top);
+    }
+    float total;
+    if constexpr (kLanes == 8) {
+      float even = 0.0f, odd = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPerLane; i += 2) even += term[i], odd += term[i + 1];
+      total = even + odd;
+    } else {
+      total = 0.0f;
+      const bool upper = sub & 16;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if constexpr (kLanes == 32) {
+          const float other = __shfl_xor_sync(dev::kWholeWarp, term[i], 16);
+          total += upper ? other : term[i];
+          total += upper ? term[i] : other;
+        } else {
+          total += term[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int step = kLanes == 8 ? 4 : 8; step > 0; step /= 2)
+      total += __shfl_xor_sync(dev::kWholeWarp, total, step);
+    sum = any ? total : 1.0f;
+  }
+
+  // Phase 3: keys outside the best groups leave the race.
+  __device__ __forceinline__ void keep_best_groups() {
+    const int lanes = args.lanes_per_group, group = sub / lanes;
+    float first = minus_infinity(), second = minus_infinity();
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      second = fmaxf(second, fminf(first, key[i]));
+      first = fmaxf(first, key[i]);
+    }
+    for (int step = 1; step < lanes; step *= 2) {
+      const float other_first = __shfl_xor_sync(dev::kWholeWarp, first, step);
+      const float other_second = __shfl_xor_sync(dev::kWholeWarp, second, step);
+      second = fmaxf(fmaxf(second, other_second), fminf(first, other_first));
+      first = fmaxf(first, other_first);
+    }
+    const bool sum_of_two = args.group_score == GroupScore::kTop2Sum && args.group_size > 1;
+    const float rank = sum_of_two ? first + second : first;
+    int better = 0;
+#pragma unroll 8
+    for (int g = 0; g < args.num_groups; ++g) {
+      const float other = __shfl_sync(dev::kWholeWarp, rank, g * lanes, kLanes);
+      better += other > rank || (other == rank && g < group);
+    }
+    if (better >= args.topk_groups) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) key[i] = minus_infinity();
+    }
+  }
+
+  // A number that at least k keys of the token reach, or the least finite one.
+  __device__ __forceinline__ float bound() {
+    constexpr int kOwn = kLanes == 8 ? 2 : 1, kColumns = kOwn * kLanes;
+    float column[kOwn];
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      column[c] = key[c];
+#pragma unroll
+      for (int i = c + kOwn; i < kPerLane; i += kOwn) column[c] = fmaxf(column[c], key[i]);
+      scratch.columns[c * kLanes + sub] = column[c];
+    }
+    __syncwarp();
+    int reached_by[kOwn] = {};
+#pragma unroll
+    for (int j = 0; j < kColumns; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(scratch.columns + j);
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c)
+        reached_by[c] +=
+            (four.x >= column[c]) + (four.y >= column[c]) + (four.z >= column[c]) + (four.w >= column[c]);
+    }
+    float best = -3.402823466e38f;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c)
+      if (reached_by[c] >= args.top_k) best = fmaxf(best, column[c]);
+    __syncwarp();  // columns may be overwritten
+    return max_over_lanes<kLanes>(best);
+  }
+
+  // What candidate e is ordered by, and what its weight will be made of.
+  __device__ __forceinline__ void list_candidate(int place, int e) {
+    const float x = load_logit(args, t, e);
+    float value = x, by = x;
+    if constexpr (kKeys != RouteKeys::kLogit) {
+      value = args.scoring == Scoring::kSigmoid ? dev::sigmoid(x) : x;
+      by = value + (args.bias ? __ldg(args.bias + e) : 0.0f);
+    }
+    scratch.keys[place] = packed_key(by, e);
+    scratch.values[place] = value;
+  }
+
+  __device__ __forceinline__ void choose(int slot, int e, float value) {
+    scratch.chosen_id[slot] = e;
+    scratch.chosen_value[slot] = value;
+  }
+
+  // Phase 4: the k largest into scratch.chosen_*; returns how many there are.
+  __device__ __forceinline__ int select() {
+    const float least = bound();
+    unsigned mask = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (key[i] >= least) mask |= 1u << i;
+    const int own = __popc(mask);
+    int end = own;  // of the lane's candidates in the list
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const int below = __shfl_up_sync(dev::kWholeWarp, end, distance, kLanes);
+      if (sub >= distance) end += below;
+    }
+    const int count = __shfl_sync(dev::kWholeWarp, end, kLanes - 1, kLanes);
+    if (__any_sync(dev::kWholeWarp, count > kMaxCandidates)) return select_by_slot();
+
+    for (int place = end - own; mask != 0; mask &= mask - 1)
+      list_candidate(place++, first_expert() + (__ffs(static_cast<int>(mask)) - 1) * kStep);
+    __syncwarp();
+    for (int c = sub; c < count; c += kLanes) {
+      const std::uint64_t mine = scratch.keys[c];
+      int larger = 0;
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) larger += scratch.keys[j] > mine;
+      if (larger < args.top_k) choose(larger, packed_expert(mine), scratch.values[c]);
+    }
+    return min(count, args.top_k);
+  }
+
+  // The same, one slot after the other: each the best key behind the one before.
+  __device__ __forceinline__ int select_by_slot() {
+    std::uint64_t previous = ~std::uint64_t{0};
+    int chosen = 0;
+#pragma unroll 1
+    for (int slot = 0; slot < args.top_k; ++slot) {
+      std::uint64_t best = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const std::uint64_t packed = packed_key(key[i], first_expert() + i * kStep);
+        if (key[i] > minus_infinity() && packed < previous && packed > best) best = packed;
+      }
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) {
+        const std::uint64_t other = __shfl_xor_sync(dev::kWholeWarp, best, step);
+        best = other > best ? other : best;
+      }
+      if (best == 0) continue;
+      const int e = packed_expert(best);
+      const float x = load_logit(args, t, e);
+      if (sub == 0)
+        choose(slot, e,
+               kKeys != RouteKeys::kLogit && args.scoring == Scoring::kSigmoid ? dev::sigmoid(x) : x);
+      previous = best;
+      ++chosen;
+    }
+    return chosen;
+  }
+
+  // Phase 5: weights.
+  __device__ __forceinline__ void write(int chosen, bool store) {
+    constexpr int kPasses = (kMaxPackedSlots + kLanes - 1) / kLanes;
+    float score[kPasses];
+    __syncwarp();
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = pass * kLanes + sub;
+      score[pass] = 0.0f;
+      if (slot < chosen) {
+        score[pass] = scratch.chosen_value[slot];
+        if constexpr (kKeys == RouteKeys::kLogit)
+          score[pass] = score_of<kSoftmax>(args, score[pass], top, sum);
+      }
+    }
+    if (args.renormalize) {
+      if constexpr (kKeys == RouteKeys::kLogit) {
+        __syncwarp();
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass)
+          if (pass * kLanes + sub < chosen) scratch.chosen_value[pass * kLanes + sub] = score[pass];
+        __syncwarp();
+      }
+      float divisor = 0.0f;
+#pragma unroll 8
+      for (int slot = 0; slot < chosen; ++slot) divisor += scratch.chosen_value[slot];
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) score[pass] = score[pass] / (divisor + 1e-20f);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int slot = pass * kLanes + sub;
+      if (slot < args.top_k && store) {
+        args.ids[t * args.ids_stride + slot] = slot < chosen ? scratch.chosen_id[slot] : -1;
+        args.weights[t * args.weights_stride + slot] = slot < chosen ? score[pass] * args.scale : 0.0f;
+      }
+    }
+    __syncwarp();  // the scratch may be used again
+  }
+};
+
+/// Routes the 32 / kLanes tokens from `first` on, of which those below `end` exist, with the calling warp.
+template <int kLanes, int kPerLane, bool kSoftmax, RouteKeys kKeys>
+__device__ __forceinline__ void route_packed(const RouteArgs& args, std::int64_t first, std::int64_t end,
+                                             RouteScratch* scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t t = first + lane / kLanes;
+  // Lanes without a token do the last one's work and store nothing.
+  PackedRouter<kLanes, kPerLane, kSoftmax, kKeys> router{args, scratch[lane / kLanes], t < end ? t : end - 1,
+                                                         lane % kLanes};
+  router.make_keys();
+  if constexpr (kSoftmax) router.sum_exponentials();
+  if constexpr (kKeys == RouteKeys::kGrouped) router.keep_best_groups();
+  int chosen = router.select();
+  if (args.is_padding && args.is_padding[router.t]) chosen = 0;
+  router.write(chosen, t < end);
+}
+
+}  // namespace moecore::cuda
