@@ -138,8 +138,8 @@ def _add_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
         help="search the launch policies of an op on this GPU",
-        description="Tries the launch policies of an op on this GPU, prints what it would change, and writes a "
-        "file that the environment variable MOECORE_TUNING makes every process load.",
+        description="Tries the launch policies of an op on this GPU, prints what it would change, and writes "
+        "a file that the environment variable MOECORE_TUNING makes every process load.",
     )
     tune.add_argument("op", nargs="?", metavar="OP", help="route, plan, finalize, grouped_gemm.up, ...")
     tune.add_argument("--model", default="qwen3-30b-a3b", metavar="A,B", help="(%(default)s)")

@@ -1,9 +1,9 @@
 """``moecore tune``: tries an op's launch policies on the present GPU and writes those that pay.
 
 A policy is text, "slots=4 threads=64"; which knobs a call has, and their values, it says itself when it
-refuses one. For every model and T the search changes one knob at a time and keeps what is faster, until nothing
-is or the time is up; the winner is measured again, in turn with the default. The file is what MOECORE_TUNING
-names: a line holds from the T that was measured halfway to the next one, on GPUs of this kind.
+refuses one. For every model and T the search changes one knob at a time and keeps what is faster, until
+nothing is or the time is up; the winner is measured again, in turn with the default. The file is what
+MOECORE_TUNING names: a line holds from the T that was measured halfway to the next one, on such GPUs.
 """
 
 from __future__ import annotations

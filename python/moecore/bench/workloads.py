@@ -285,7 +285,7 @@ class Lab:
         scale_bytes = scale_rows * scale_columns * (4 if fmt.has_f32_scales else 1)
         moved = read_rows * width * 2, rows * columns * bits // 8 + scale_bytes
         global_scale = space.put(np.full(1, 448.0, np.float32), "f32") if kind == "nvfp4" else None
-        static = space.put(np.full((1, 1), 0.01, np.float32), "f32")
+        static = space.put(np.full((1, 1), checks.STATIC_SCALE, np.float32), "f32")
 
         def make(index: int) -> SimpleNamespace:
             s = self._planned(case, index) if source == "tokens" else SimpleNamespace()
