@@ -262,23 +262,27 @@ class _CudaSpace(Space):
                 call()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-        def replay() -> float:
+        clock: int | None = None
+        power: float | None = None
+
+        def replay(observe: bool = False) -> float:
+            nonlocal clock, power
             with torch.cuda.stream(stream):
                 torch.sum(self._flush, (0,), dtype=torch.int64, out=self._sink)
                 begin.record()
                 graph.replay()
                 end.record()
+            if observe:
+                clock, power = self._gpu.clock_mhz(), self._gpu.power_w()
             end.synchronize()
             return float(begin.elapsed_time(end)) * 1e3 / len(calls)
 
-        first = max(replay(), 1e-3) * len(calls) * 1e-6
-        for _ in range(max(2, min(20, int(0.2 * seconds / first)))):
+        first = max(replay(), 1e-3) * len(calls) * 1e-6  # seconds
+        is_long = first > 0.05
+        for _ in range(0 if is_long else max(1, min(20, int(0.25 * seconds / first)))):
             replay()
-        times = [replay() for _ in range(max(7, min(40, int(seconds / (first + 1e-4)))))]
-        with torch.cuda.stream(stream):
-            graph.replay()
-            clock, power = self._gpu.clock_mhz(), self._gpu.power_w()  # while the replay runs
-        stream.synchronize()
+        count = max(3 if is_long else 7, min(40, int(seconds / (first + 1e-4))))
+        times = [replay(observe=i == count - 1) for i in range(count)]
         return summary(times, clock, power)
 
 

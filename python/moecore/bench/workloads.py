@@ -664,8 +664,11 @@ def routed_ids(num_experts: int, top_k: int, tokens: int, routing: str, index: i
     """Ids [T, K] of set ``index``: K distinct experts a token.
 
     "uniform": each equally likely. "zipf": the n-th most popular with a weight of 1 / n. "one_hot": every
-    token takes the same K. The checked tokens of set 0 are the same for every T.
+    token takes the same K. The checked tokens of set 0 are the same for every T. Drawing large batches takes
+    time, so beyond two sets these are the first two with their tokens moved on.
     """
+    if tokens > 512 and index > 1:
+        return np.roll(routed_ids(num_experts, top_k, tokens, routing, index % 2), index, axis=0)
     rng = np.random.default_rng([_SEED, index, num_experts])
     popularity = np.zeros(num_experts, np.float32)
     if routing == "zipf":
