@@ -108,6 +108,14 @@ struct Routed {
             .slot_row = slot_row.view()};
   }
 
+  /// Bytes of the weights of experts that have rows.
+  std::size_t touched(const Tensor& w) const {
+    const auto* offsets = static_cast<const std::int32_t*>(expert_offsets.view().data);
+    std::size_t experts = 0;
+    for (std::int64_t e = 0; e < kExperts; ++e) experts += offsets[e + 1] > offsets[e];
+    return w.bytes() / kExperts * experts;
+  }
+
   std::int64_t tokens;
   Tensor logits, weights, ids, expert_offsets, scale_offsets, row_token, slot_row;
   Scratch scratch;
@@ -173,7 +181,7 @@ void GroupedGemm(benchmark::State& state) {
   for (auto _ : state)
     grouped_gemm(x.view(), w13.view(), r.expert_offsets.view(), out.view(),
                  {.row_token = r.row_token.view(), .activation = Activation{}}, scratch.context());
-  count_bytes(state, w13.bytes() + x.bytes() + out.bytes());
+  count_bytes(state, r.touched(w13) + x.bytes() + out.bytes());
 }
 
 void FusedExperts(benchmark::State& state) {
@@ -185,7 +193,7 @@ void FusedExperts(benchmark::State& state) {
   const Experts experts{.w13 = w13.view(), .w2 = w2.view()};
   for (auto _ : state)
     fused_experts(x.view(), r.weights.view(), r.ids.view(), experts, out.view(), {}, scratch.context());
-  count_bytes(state, w13.bytes() + w2.bytes() + x.bytes() + out.bytes());
+  count_bytes(state, r.touched(w13) + r.touched(w2) + x.bytes() + out.bytes());
 }
 
 BENCHMARK(Route)->Arg(1)->Arg(64)->Arg(1024)->UseRealTime();
