@@ -83,6 +83,24 @@ DType parse_dtype_name(std::string_view text) {
   throw InvalidArgument("dtype is \"" + std::string(text) + "\", expected a moecore dtype such as \"bf16\"");
 }
 
+RouteOptions route_options(const OpCall& call, const char* op, std::string_view scoring,
+                           const OptionalTensor& bias, std::int64_t num_groups, std::int64_t topk_groups,
+                           std::string_view group_score, bool renormalize, float scale,
+                           const OptionalTensor& is_padding) {
+  return {
+      .scoring = parse<Scoring>(
+          op, "scoring", scoring,
+          {{"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}, {"identity", Scoring::kIdentity}}),
+      .bias = call.in("bias", bias),
+      .num_groups = num_groups,
+      .topk_groups = topk_groups,
+      .group_score = parse<GroupScore>(op, "group_score", group_score,
+                                       {{"top2_sum", GroupScore::kTop2Sum}, {"max", GroupScore::kMax}}),
+      .renormalize = renormalize,
+      .scale = scale,
+      .is_padding = call.in("is_padding", is_padding)};
+}
+
 void bind_route(nb::module_& m) {
   m.def(
       "route",
@@ -94,19 +112,8 @@ void bind_route(nb::module_& m) {
         const TensorView& logits_view = call.in("logits", logits);
         const TensorView& weights_view = call.in("weights", weights);
         const TensorView& ids_view = call.in("ids", ids);
-        const RouteOptions options{
-            .scoring = parse<Scoring>("route", "scoring", scoring,
-                                      {{"softmax", Scoring::kSoftmax},
-                                       {"sigmoid", Scoring::kSigmoid},
-                                       {"identity", Scoring::kIdentity}}),
-            .bias = call.in("bias", bias),
-            .num_groups = num_groups,
-            .topk_groups = topk_groups,
-            .group_score = parse<GroupScore>("route", "group_score", group_score,
-                                             {{"top2_sum", GroupScore::kTop2Sum}, {"max", GroupScore::kMax}}),
-            .renormalize = renormalize,
-            .scale = scale,
-            .is_padding = call.in("is_padding", is_padding)};
+        const RouteOptions options = route_options(call, "route", scoring, bias, num_groups, topk_groups,
+                                                   group_score, renormalize, scale, is_padding);
         call.run([&](const ExecContext& ctx) { route(logits_view, weights_view, ids_view, options, ctx); });
       },
       "logits"_a, "weights"_a, "ids"_a, nb::kw_only(), "scoring"_a = "softmax", "bias"_a = nb::none(),
@@ -160,30 +167,97 @@ void bind_plan(nb::module_& m) {
       "num_tokens"_a, "top_k"_a, "num_experts"_a, "device"_a = "cpu");
 }
 
+void bind_route_plan(nb::module_& m) {
+  m.def(
+      "route_plan",
+      [](const TensorArg& logits, const TensorArg& weights, const TensorArg& ids,
+         const TensorArg& expert_offsets, const TensorArg& scale_offsets, const TensorArg& row_token,
+         const TensorArg& slot_row, const OptionalTensor& row_route, const OptionalTensor& problem_sizes1,
+         const OptionalTensor& problem_sizes2, std::string_view scoring, const OptionalTensor& bias,
+         std::int64_t num_groups, std::int64_t topk_groups, std::string_view group_score, bool renormalize,
+         float scale, const OptionalTensor& is_padding, std::int64_t num_experts,
+         const OptionalTensor& expert_map, std::int64_t first_expert, std::int64_t scale_alignment,
+         std::int64_t hidden, std::int64_t inter, bool gated, bool swap_ab, const OptionalTensor& workspace,
+         StreamArg stream) {
+        OpCall call("route_plan", logits, stream);
+        const TensorView& logits_view = call.in("logits", logits);
+        const TensorView& weights_view = call.in("weights", weights);
+        const TensorView& ids_view = call.in("ids", ids);
+        const RouteOptions options = route_options(call, "route_plan", scoring, bias, num_groups, topk_groups,
+                                                   group_score, renormalize, scale, is_padding);
+        const Plan out{.expert_offsets = call.in("expert_offsets", expert_offsets),
+                       .scale_offsets = call.in("scale_offsets", scale_offsets),
+                       .row_token = call.in("row_token", row_token),
+                       .slot_row = call.in("slot_row", slot_row),
+                       .row_route = call.in("row_route", row_route),
+                       .problem_sizes1 = call.in("problem_sizes1", problem_sizes1),
+                       .problem_sizes2 = call.in("problem_sizes2", problem_sizes2)};
+        const PlanOptions plan_options{.num_experts = num_experts,
+                                       .expert_map = call.in("expert_map", expert_map),
+                                       .first_expert = first_expert,
+                                       .scale_alignment = scale_alignment,
+                                       .hidden = hidden,
+                                       .inter = inter,
+                                       .gated = gated,
+                                       .swap_ab = swap_ab};
+        // What cannot be sized is about to be refused by the op.
+        const bool sized = ids_view.ndim == 2 && num_experts > 0;
+        call.workspace(workspace, sized ? plan_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
+                                                               num_experts, call.context().device)
+                                        : 0);
+        call.run([&](const ExecContext& ctx) {
+          route_plan(logits_view, weights_view, ids_view, out, options, plan_options, ctx);
+        });
+      },
+      "logits"_a, "weights"_a, "ids"_a, "expert_offsets"_a, "scale_offsets"_a, "row_token"_a, "slot_row"_a,
+      "row_route"_a = nb::none(), "problem_sizes1"_a = nb::none(), "problem_sizes2"_a = nb::none(),
+      nb::kw_only(), "scoring"_a = "softmax", "bias"_a = nb::none(), "num_groups"_a = 1, "topk_groups"_a = 1,
+      "group_score"_a = "top2_sum", "renormalize"_a = false, "scale"_a = 1.0f, "is_padding"_a = nb::none(),
+      "num_experts"_a, "expert_map"_a = nb::none(), "first_expert"_a = 0, "scale_alignment"_a = 128,
+      "hidden"_a = 0, "inter"_a = 0, "gated"_a = true, "swap_ab"_a = false, "workspace"_a = nb::none(),
+      "stream"_a = nb::none());
+}
+
 void bind_permute(nb::module_& m) {
   m.def(
       "shuffle_rows",
-      [](const TensorArg& x, const TensorArg& map, const TensorArg& out, StreamArg stream) {
+      [](const TensorArg& x, const TensorArg& map, const TensorArg& out, const OptionalTensor& scales,
+         const OptionalTensor& out_scales, StreamArg stream) {
         OpCall call("shuffle_rows", x, stream);
         const TensorView &x_view = call.in("x", x), &map_view = call.in("map", map),
                          &out_view = call.in("out", out);
-        call.run([&](const ExecContext& ctx) { shuffle_rows(x_view, map_view, out_view, ctx); });
+        const auto in_view = call.in("scales", scales), scales_view = call.in("out_scales", out_scales);
+        if (in_view.has_value() != scales_view.has_value())
+          throw InvalidArgument(
+              "shuffle_rows: one of scales and out_scales is None, expected both or neither");
+        call.run([&](const ExecContext& ctx) {
+          in_view ? shuffle_rows(x_view, *in_view, map_view, out_view, *scales_view, ctx)
+                  : shuffle_rows(x_view, map_view, out_view, ctx);
+        });
       },
-      "x"_a, "map"_a, "out"_a, nb::kw_only(), "stream"_a = nb::none());
+      "x"_a, "map"_a, "out"_a, nb::kw_only(), "scales"_a = nb::none(), "out_scales"_a = nb::none(),
+      "stream"_a = nb::none());
   m.def(
       "permute",
       [](const TensorArg& x, const TensorArg& row_token, const TensorArg& slot_row,
-         const TensorArg& expert_offsets, const TensorArg& rows, StreamArg stream) {
+         const TensorArg& expert_offsets, const TensorArg& rows, const OptionalTensor& scales,
+         const OptionalTensor& row_scales, StreamArg stream) {
         OpCall call("permute", x, stream);
         const TensorView &x_view = call.in("x", x), &rows_view = call.in("rows", rows);
         Plan plan;
         plan.expert_offsets = call.in("expert_offsets", expert_offsets);
         plan.row_token = call.in("row_token", row_token);
         plan.slot_row = call.in("slot_row", slot_row);
-        call.run([&](const ExecContext& ctx) { permute(x_view, plan, rows_view, ctx); });
+        const auto in_view = call.in("scales", scales), scales_view = call.in("row_scales", row_scales);
+        if (in_view.has_value() != scales_view.has_value())
+          throw InvalidArgument("permute: one of scales and row_scales is None, expected both or neither");
+        call.run([&](const ExecContext& ctx) {
+          in_view ? permute(x_view, *in_view, plan, rows_view, *scales_view, ctx)
+                  : permute(x_view, plan, rows_view, ctx);
+        });
       },
       "x"_a, "row_token"_a, "slot_row"_a, "expert_offsets"_a, "rows"_a, nb::kw_only(),
-      "stream"_a = nb::none());
+      "scales"_a = nb::none(), "row_scales"_a = nb::none(), "stream"_a = nb::none());
 }
 
 void bind_activate(nb::module_& m) {
@@ -283,17 +357,26 @@ void bind_finalize(nb::module_& m) {
   m.def(
       "finalize",
       [](const TensorArg& rows, const TensorArg& slot_row, const TensorArg& out,
-         const OptionalTensor& weights, bool cast_weights, const OptionalTensor& residual, StreamArg stream) {
+         const OptionalTensor& weights, bool cast_weights, const OptionalTensor& residual,
+         const OptionalTensor& row_scales, const OptionalTensor& out_scales, std::string_view scale_layout,
+         StreamArg stream) {
         OpCall call("finalize", rows, stream);
         const TensorView &rows_view = call.in("rows", rows), &slot_view = call.in("slot_row", slot_row),
                          &out_view = call.in("out", out);
-        const FinalizeOptions options{.weights = call.in("weights", weights),
-                                      .cast_weights = cast_weights,
-                                      .residual = call.in("residual", residual)};
+        const FinalizeOptions options{
+            .weights = call.in("weights", weights),
+            .cast_weights = cast_weights,
+            .residual = call.in("residual", residual),
+            .row_scales = call.in("row_scales", row_scales),
+            .out_scales = call.in("out_scales", out_scales),
+            .scale_layout = parse<ScaleLayout>(
+                "finalize", "scale_layout", scale_layout,
+                {{"linear", ScaleLayout::kLinear}, {"column_major", ScaleLayout::kColumnMajor}})};
         call.run([&](const ExecContext& ctx) { finalize(rows_view, slot_view, out_view, options, ctx); });
       },
       "rows"_a, "slot_row"_a, "out"_a, nb::kw_only(), "weights"_a = nb::none(), "cast_weights"_a = false,
-      "residual"_a = nb::none(), "stream"_a = nb::none());
+      "residual"_a = nb::none(), "row_scales"_a = nb::none(), "out_scales"_a = nb::none(),
+      "scale_layout"_a = "linear", "stream"_a = nb::none());
 }
 
 void bind_fused_experts(nb::module_& m) {
@@ -371,6 +454,7 @@ void bind_fused_experts(nb::module_& m) {
 void bind_ops(nb::module_& m) {
   bind_route(m);
   bind_plan(m);
+  bind_route_plan(m);
   bind_permute(m);
   bind_activate(m);
   bind_grouped_gemm(m);

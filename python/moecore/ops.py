@@ -13,7 +13,7 @@ are untouched in each case.
 from __future__ import annotations
 
 import sys
-from typing import Any, Generic, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, cast, overload
 
 from moecore import _core
 from moecore._core import QuantFormat
@@ -158,6 +158,19 @@ class Plan(NamedTuple):
         return int(self.slot_row.shape[1])
 
 
+def _empty_plan(fw: Framework, like: Any, num_tokens: int, top_k: int, experts: int, sizes: bool) -> Plan:
+    rows = num_tokens * top_k
+    return Plan(
+        fw.empty(like, (experts + 1,), "i32"),
+        fw.empty(like, (experts + 1,), "i32"),
+        fw.empty(like, (rows,), "i32"),
+        fw.empty(like, (num_tokens, top_k), "i32"),
+        fw.empty(like, (rows,), "i32"),
+        fw.empty(like, (experts, 3), "i32") if sizes else None,
+        fw.empty(like, (experts, 3), "i32") if sizes else None,
+    )
+
+
 def plan(
     ids: DLPackTensor,
     num_experts: int,
@@ -189,16 +202,7 @@ def plan(
     num_tokens, top_k, experts = _dim(ids, 0), _dim(ids, 1), max(int(num_experts), 0)
     hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
     if out is None:
-        rows = num_tokens * top_k
-        out = Plan(
-            fw.empty(ids, (experts + 1,), "i32"),
-            fw.empty(ids, (experts + 1,), "i32"),
-            fw.empty(ids, (rows,), "i32"),
-            fw.empty(ids, (num_tokens, top_k), "i32"),
-            fw.empty(ids, (rows,), "i32"),
-            fw.empty(ids, (experts, 3), "i32") if problem_sizes is not None else None,
-            fw.empty(ids, (experts, 3), "i32") if problem_sizes is not None else None,
-        )
+        out = _empty_plan(fw, ids, num_tokens, top_k, experts, problem_sizes is not None)
     if workspace is None and not fw.on_host(ids):
         size = plan_workspace_bytes(num_tokens, top_k, experts, fw.device(ids))
         workspace = fw.empty(ids, (size,), "u8")
@@ -219,32 +223,180 @@ def plan(
     return Plan(*(None if tensor is None else fw.finish(tensor) for tensor in out))
 
 
-def permute(x: TensorT, plan: Plan, *, out: TensorT | None = None, stream: StreamLike = None) -> TensorT:
-    """rows[r] = x[plan.row_token[r]], zeros for rows that no route owns. x [T,H] of any dtype -> [R,H]."""
+def route_plan(
+    logits: TensorT,
+    top_k: int,
+    num_experts: int | None = None,
+    *,
+    scoring: str = "softmax",
+    bias: DLPackTensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "top2_sum",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    is_padding: DLPackTensor | None = None,
+    expert_map: DLPackTensor | None = None,
+    first_expert: int = 0,
+    scale_alignment: int = 128,
+    problem_sizes: tuple[int, int] | None = None,
+    gated: bool = True,
+    swap_ab: bool = False,
+    out: tuple[TensorT, TensorT, Plan] | None = None,
+    workspace: DLPackTensor | None = None,
+    stream: StreamLike = None,
+) -> tuple[TensorT, TensorT, Plan]:
+    """route() and then plan() of its ids: (weights, ids, plan), with the same bits.
+
+    For few tokens CUDA does both in one launch. `num_experts` counts local experts, by default all of
+    `logits`; the other arguments are those of route() and plan().
+    """
     if (compiled := _compiled()) is not None:
-        return compiled.permute(x, plan.row_token, plan.slot_row, plan.expert_offsets, out)  # type: ignore[no-any-return]
+        return compiled.route_plan(  # type: ignore[no-any-return]
+            logits,
+            top_k,
+            num_experts,
+            scoring,
+            bias,
+            num_groups,
+            topk_groups,
+            group_score,
+            renormalize,
+            scale,
+            is_padding,
+            expert_map,
+            first_expert,
+            scale_alignment,
+            problem_sizes,
+            gated,
+            swap_ab,
+            out,
+        )
+    fw = framework_of("route_plan", "logits", logits)
+    fw.admit("route_plan", logits, bias, expert_map)
+    num_tokens, slots = _dim(logits, 0), max(int(top_k), 0)
+    experts = _dim(logits, 1) if num_experts is None else int(num_experts)
+    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
+    if out is None:
+        weights, ids = (
+            fw.empty(logits, (num_tokens, slots), "f32"),
+            fw.empty(logits, (num_tokens, slots), "i32"),
+        )
+        planned = _empty_plan(fw, logits, num_tokens, slots, max(experts, 0), problem_sizes is not None)
+    else:
+        weights, ids, planned = out
+    if workspace is None and not fw.on_host(logits):
+        size = plan_workspace_bytes(num_tokens, slots, max(experts, 0), fw.device(logits))
+        workspace = fw.empty(logits, (size,), "u8")
+    _core.route_plan(
+        logits,
+        weights,
+        ids,
+        *planned,
+        scoring=scoring,
+        bias=bias,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score=group_score,
+        renormalize=renormalize,
+        scale=scale,
+        is_padding=is_padding,
+        num_experts=experts,
+        expert_map=expert_map,
+        first_expert=first_expert,
+        scale_alignment=scale_alignment,
+        hidden=hidden,
+        inter=inter,
+        gated=gated,
+        swap_ab=swap_ab,
+        workspace=workspace,
+        stream=stream,
+    )
+    finished = Plan(*(None if tensor is None else fw.finish(tensor) for tensor in planned))
+    return fw.finish(weights), fw.finish(ids), finished
+
+
+@overload
+def permute(
+    x: TensorT, plan: Plan, *, scales: None = None, out: TensorT | None = None, stream: StreamLike = None
+) -> TensorT: ...
+@overload
+def permute(
+    x: TensorT,
+    plan: Plan,
+    *,
+    scales: TensorT,
+    out: tuple[TensorT, TensorT] | None = None,
+    stream: StreamLike = None,
+) -> tuple[TensorT, TensorT]: ...
+def permute(x: Any, plan: Plan, *, scales: Any = None, out: Any = None, stream: StreamLike = None) -> Any:
+    """rows[r] = x[plan.row_token[r]], zeros for rows that no route owns. x [T,H] of any dtype -> [R,H].
+
+    With `scales` [T,B] of any dtype (linear: one for each token, or for each block of its columns), moves
+    them beside the rows in the same pass and returns (rows, row_scales [R,B]).
+    """
+    if (compiled := _compiled()) is not None:
+        return compiled.permute(x, scales, plan.row_token, plan.slot_row, plan.expert_offsets, out)
     fw = framework_of("permute", "x", x)
-    fw.admit("permute", x)
-    rows = fw.empty(x, (plan.num_rows, _dim(x, 1))) if out is None else out
-    _core.permute(x, plan.row_token, plan.slot_row, plan.expert_offsets, rows, stream=stream)
-    return fw.finish(rows)  # type: ignore[no-any-return]
+    fw.admit("permute", x, scales)
+    rows, row_scales = _moved(fw, x, scales, plan.num_rows, out)
+    _core.permute(
+        x,
+        plan.row_token,
+        plan.slot_row,
+        plan.expert_offsets,
+        rows,
+        scales=scales,
+        row_scales=row_scales,
+        stream=stream,
+    )
+    return fw.finish(rows) if scales is None else (fw.finish(rows), fw.finish(row_scales))
 
 
+def _moved(fw: Framework, x: Any, scales: Any, rows: int, out: Any) -> tuple[Any, Any]:
+    """The outputs of permute() and shuffle_rows(): rows, and their scales or None."""
+    if scales is None:
+        return (fw.empty(x, (rows, _dim(x, 1))) if out is None else out), None
+    if out is not None:
+        return out[0], out[1]
+    return fw.empty(x, (rows, _dim(x, 1))), framework_of("permute", "scales", scales).empty(
+        scales, (rows, _dim(scales, 1))
+    )
+
+
+@overload
 def shuffle_rows(
-    x: TensorT, map: DLPackTensor, *, out: TensorT | None = None, stream: StreamLike = None
-) -> TensorT:
+    x: TensorT,
+    map: DLPackTensor,
+    *,
+    scales: None = None,
+    out: TensorT | None = None,
+    stream: StreamLike = None,
+) -> TensorT: ...
+@overload
+def shuffle_rows(
+    x: TensorT,
+    map: DLPackTensor,
+    *,
+    scales: TensorT,
+    out: tuple[TensorT, TensorT] | None = None,
+    stream: StreamLike = None,
+) -> tuple[TensorT, TensorT]: ...
+def shuffle_rows(
+    x: Any, map: DLPackTensor, *, scales: Any = None, out: Any = None, stream: StreamLike = None
+) -> Any:
     """out[d] = x[map[d]], zeros where map[d] is outside [0, S).
 
     x [S,C] of any dtype, map i32|i64 [D] -> [D,C]. Semantics: vLLM / SGLang shuffle_rows, for any width and
-    alignment.
+    alignment. With `scales` [S,B] returns (out, out_scales [D,B]), moved in the same pass.
     """
     if (compiled := _compiled()) is not None:
-        return compiled.shuffle_rows(x, map, out)  # type: ignore[no-any-return]
+        return compiled.shuffle_rows(x, scales, map, out)
     fw = framework_of("shuffle_rows", "x", x)
-    fw.admit("shuffle_rows", x, map)
-    rows = fw.empty(x, (_dim(map, 0), _dim(x, 1))) if out is None else out
-    _core.shuffle_rows(x, map, rows, stream=stream)
-    return fw.finish(rows)  # type: ignore[no-any-return]
+    fw.admit("shuffle_rows", x, map, scales)
+    rows, out_scales = _moved(fw, x, scales, _dim(map, 0), out)
+    _core.shuffle_rows(x, map, rows, scales=scales, out_scales=out_scales, stream=stream)
+    return fw.finish(rows) if scales is None else (fw.finish(rows), fw.finish(out_scales))
 
 
 def activate(
@@ -412,27 +564,95 @@ def finalize(
     hidden: int | None = None,
     cast_weights: bool = False,
     residual: DLPackTensor | None = None,
+    row_scales: DLPackTensor | None = None,
+    scale_layout: str = "linear",
+    dtype: str | None = None,
     out: TensorT | None = None,
     stream: StreamLike = None,
 ) -> TensorT:
     """out[t] = sum_j weights[t,j] * rows[slot_row[t,j]] (+ residual[t]): a token's expert outputs, weighted.
 
-    rows [R,Hp] f32|f16|bf16, slot_row i32|i64 [T,K] or a Plan, weights f32|f16|bf16 [T,K] (none: all 1) ->
-    [T,H]. H = `hidden` <= Hp, by default Hp. An f32 fma chain from +0 in slot order, one rounding: the same
-    bits on every run and engine. Slots with a row outside [0, R) are skipped. `cast_weights` rounds each
+    rows [R,Hp] f32|f16|bf16|e4m3, slot_row i32|i64 [T,K] or a Plan, weights f32|f16|bf16 [T,K] (none: all 1)
+    -> [T,H]. H = `hidden` <= Hp, by default Hp. An f32 fma chain from +0 in slot order, one rounding: the
+    same bits on every run and engine. Slots with a row outside [0, R) are skipped. `cast_weights` rounds each
     weight to the dtype of `out` first (vLLM and SGLang: `topk_weights.to(dtype)`).
+
+    The output has the dtype of `rows`; of e4m3 rows also `dtype` "f32", "f16" or "bf16". `row_scales` f32 are
+    the scales of every 128 columns of e4m3 rows: [R,C], or with `scale_layout` "column_major" [C,P]. A
+    residual beside an e4m3 output is bf16.
     """
     slots: Any = slot_row.slot_row if isinstance(slot_row, Plan) else slot_row
     if (compiled := _compiled()) is not None:
-        return compiled.finalize(rows, slots, weights, hidden, cast_weights, residual, out)  # type: ignore[no-any-return]
+        return compiled.finalize(  # type: ignore[no-any-return]
+            rows, slots, weights, hidden, cast_weights, residual, row_scales, scale_layout, dtype, out
+        )
     fw = framework_of("finalize", "rows", rows)
-    fw.admit("finalize", rows, weights, residual)
+    fw.admit("finalize", rows, weights, residual, row_scales)
     if out is None:
-        out = fw.empty(rows, (_dim(slots, 0), _dim(rows, 1) if hidden is None else hidden))
+        out = fw.empty(rows, (_dim(slots, 0), _dim(rows, 1) if hidden is None else hidden), dtype)
     _core.finalize(
-        rows, slots, out, weights=weights, cast_weights=cast_weights, residual=residual, stream=stream
+        rows,
+        slots,
+        out,
+        weights=weights,
+        cast_weights=cast_weights,
+        residual=residual,
+        row_scales=row_scales,
+        scale_layout=scale_layout,
+        stream=stream,
     )
     return fw.finish(out)  # type: ignore[no-any-return]
+
+
+def finalize_quantize(
+    rows: TensorT,
+    slot_row: Plan | DLPackTensor,
+    weights: DLPackTensor | None = None,
+    *,
+    hidden: int | None = None,
+    residual: DLPackTensor | None = None,
+    row_scales: DLPackTensor | None = None,
+    scale_layout: str = "linear",
+    out: tuple[TensorT, TensorT] | None = None,
+    stream: StreamLike = None,
+) -> tuple[TensorT, TensorT]:
+    """finalize() of e4m3 rows in f32, quantised again as fp8 block128: (codes e4m3 [T,H], scales f32).
+
+    The DeepSeek form: `row_scales` in and scales out have one f32 for every 128 columns, both in
+    `scale_layout`: "linear" [T,C], or "column_major" [C,P] with T rounded up to 4. A block of zeros has the
+    scale 1e-10 / 448 and zero codes.
+    """
+    slots: Any = slot_row.slot_row if isinstance(slot_row, Plan) else slot_row
+    if (compiled := _compiled()) is not None:
+        return compiled.finalize_quantize(  # type: ignore[no-any-return]
+            rows, slots, weights, hidden, residual, row_scales, scale_layout, out
+        )
+    fw = framework_of("finalize_quantize", "rows", rows)
+    fw.admit("finalize_quantize", rows, weights, residual, row_scales)
+    if out is None:
+        num_tokens, width = _dim(slots, 0), _dim(rows, 1) if hidden is None else hidden
+        codes = fw.empty(rows, (num_tokens, width))
+        scales = fw.empty(rows, block_scale_shape(num_tokens, width, scale_layout), "f32")
+    else:
+        codes, scales = out
+    _core.finalize(
+        rows,
+        slots,
+        codes,
+        weights=weights,
+        residual=residual,
+        row_scales=row_scales,
+        out_scales=scales,
+        scale_layout=scale_layout,
+        stream=stream,
+    )
+    return fw.finish(codes), fw.finish(scales)
+
+
+def block_scale_shape(num_tokens: Any, hidden: Any, scale_layout: str) -> tuple[Any, Any]:
+    """Shape of the scales that finalize_quantize() writes."""
+    blocks = (hidden + 127) // 128
+    return (blocks, (num_tokens + 3) // 4 * 4) if scale_layout == "column_major" else (num_tokens, blocks)
 
 
 class Experts(Generic[TensorT]):

@@ -69,6 +69,29 @@ def _plan(
     )  # fmt: skip
 
 
+def _route_plan_outputs(
+    logits: Tensor, top_k: int, num_experts: int, scoring: Any, bias: Any, num_groups: int, topk_groups: int,
+    group_score: Any, renormalize: bool, scale: float, is_padding: Any, expert_map: Any, first_expert: int,
+    hidden: int, inter: int, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weights, ids = _route_outputs(logits, top_k)
+    return weights, ids, *_plan_outputs(ids, num_experts, expert_map, first_expert, hidden, inter)
+
+
+def _route_plan(
+    out: Any, logits: Any, top_k: int, num_experts: int, scoring: Any, bias: Any, num_groups: int,
+    topk_groups: int, group_score: Any, renormalize: bool, scale: float, is_padding: Any, expert_map: Any,
+    first_expert: int, hidden: int, inter: int, scale_alignment: int, gated: bool, swap_ab: bool,
+) -> None:  # fmt: skip
+    ops.route_plan(
+        logits, top_k, num_experts, scoring=scoring, bias=bias, num_groups=num_groups,
+        topk_groups=topk_groups, group_score=group_score, renormalize=renormalize, scale=scale,
+        is_padding=is_padding, expert_map=expert_map, first_expert=first_expert,
+        scale_alignment=scale_alignment, problem_sizes=(hidden, inter), gated=gated, swap_ab=swap_ab,
+        out=(out[0], out[1], Plan(*out[2:])),
+    )  # fmt: skip
+
+
 def _permute_outputs(x: Tensor, row_token: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (x.new_empty((row_token.shape[0], x.shape[1])),)
 
@@ -77,8 +100,22 @@ def _permute(out: Any, x: Any, row_token: Any, slot_row: Any, expert_offsets: An
     ops.permute(x, Plan(expert_offsets, None, row_token, slot_row, None), out=out[0])
 
 
+def _permute_scales_outputs(x: Tensor, scales: Tensor, row_token: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _permute_outputs(x, row_token) + _permute_outputs(scales, row_token)
+
+
+def _permute_scales(
+    out: Any, x: Any, scales: Any, row_token: Any, slot_row: Any, expert_offsets: Any
+) -> None:
+    ops.permute(x, Plan(expert_offsets, None, row_token, slot_row, None), scales=scales, out=tuple(out))
+
+
 def _shuffle_rows(out: Any, x: Any, map: Any) -> None:
     ops.shuffle_rows(x, map, out=out[0])
+
+
+def _shuffle_rows_scales(out: Any, x: Any, scales: Any, map: Any) -> None:
+    ops.shuffle_rows(x, map, scales=scales, out=tuple(out))
 
 
 def _activate_outputs(x: Tensor, kind: str, order: str, *_: Any) -> tuple[Tensor, ...]:
@@ -137,16 +174,46 @@ def _grouped_gemm(
     )  # fmt: skip
 
 
+_DTYPES = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn
+}  # fmt: skip
+
+
 def _finalize_outputs(
-    rows: Tensor, slot_row: Tensor, weights: Any, hidden: int | None, *_: Any
-) -> tuple[Tensor, ...]:
-    return (rows.new_empty((slot_row.shape[0], rows.shape[1] if hidden is None else hidden)),)
+    rows: Tensor, slot_row: Tensor, weights: Any, hidden: int | None, cast_weights: bool, residual: Any,
+    row_scales: Any, scale_layout: str, dtype: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shape = (slot_row.shape[0], rows.shape[1] if hidden is None else hidden)
+    return (rows.new_empty(shape, dtype=rows.dtype if dtype is None else _DTYPES[dtype]),)
 
 
 def _finalize(
-    out: Any, rows: Any, slot_row: Any, weights: Any, hidden: Any, cast_weights: bool, residual: Any
-) -> None:
-    ops.finalize(rows, slot_row, weights, cast_weights=cast_weights, residual=residual, out=out[0])
+    out: Any, rows: Any, slot_row: Any, weights: Any, hidden: Any, cast_weights: bool, residual: Any,
+    row_scales: Any, scale_layout: str, dtype: Any,
+) -> None:  # fmt: skip
+    ops.finalize(
+        rows, slot_row, weights, cast_weights=cast_weights, residual=residual, row_scales=row_scales,
+        scale_layout=scale_layout, out=out[0],
+    )  # fmt: skip
+
+
+def _finalize_quantize_outputs(
+    rows: Tensor, slot_row: Tensor, weights: Any, hidden: int | None, residual: Any, row_scales: Any,
+    scale_layout: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    num_tokens, width = slot_row.shape[0], rows.shape[1] if hidden is None else hidden
+    scales = rows.new_empty(ops.block_scale_shape(num_tokens, width, scale_layout), dtype=torch.float32)
+    return rows.new_empty((num_tokens, width)), scales
+
+
+def _finalize_quantize(
+    out: Any, rows: Any, slot_row: Any, weights: Any, hidden: Any, residual: Any, row_scales: Any,
+    scale_layout: str,
+) -> None:  # fmt: skip
+    ops.finalize_quantize(
+        rows, slot_row, weights, residual=residual, row_scales=row_scales, scale_layout=scale_layout,
+        out=tuple(out),
+    )  # fmt: skip
 
 
 def _fused_experts_outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -186,10 +253,26 @@ _OPS = [
         7, _plan_outputs, _plan,
     ),
     _Op(
+        "route_plan",
+        "Tensor logits, SymInt top_k, SymInt num_experts, str scoring, Tensor? bias, int num_groups, "
+        "int topk_groups, str group_score, bool renormalize, float scale, Tensor? is_padding, "
+        "Tensor? expert_map, SymInt first_expert, SymInt hidden, SymInt inter, int scale_alignment, "
+        "bool gated, bool swap_ab",
+        9, _route_plan_outputs, _route_plan,
+    ),
+    _Op(
         "permute", "Tensor x, Tensor row_token, Tensor slot_row, Tensor expert_offsets",
         1, _permute_outputs, _permute,
     ),
+    _Op(
+        "permute_scales", "Tensor x, Tensor scales, Tensor row_token, Tensor slot_row, Tensor expert_offsets",
+        2, _permute_scales_outputs, _permute_scales,
+    ),
     _Op("shuffle_rows", "Tensor x, Tensor map", 1, _permute_outputs, _shuffle_rows),
+    _Op(
+        "shuffle_rows_scales", "Tensor x, Tensor scales, Tensor map",
+        2, _permute_scales_outputs, _shuffle_rows_scales,
+    ),
     _Op(
         "activate", f"Tensor x, str kind, {_ACTIVATION}, Tensor? expert_offsets",
         1, _activate_outputs, _activate,
@@ -203,8 +286,15 @@ _OPS = [
     ),
     _Op(
         "finalize",
-        "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, bool cast_weights, Tensor? residual",
+        "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, bool cast_weights, Tensor? residual, "
+        "Tensor? row_scales, str scale_layout, str? dtype",
         1, _finalize_outputs, _finalize,
+    ),
+    _Op(
+        "finalize_quantize",
+        "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, Tensor? residual, "
+        "Tensor? row_scales, str scale_layout",
+        2, _finalize_quantize_outputs, _finalize_quantize,
     ),
     _Op(
         "fused_experts",
@@ -234,7 +324,7 @@ def _refuse_grad(name: str, below: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register(op: _Op) -> None:
-    letters = "abcdefg"[: op.num_outputs]
+    letters = "abcdefghi"[: op.num_outputs]
     returns = "Tensor" if op.num_outputs == 1 else f"({', '.join(['Tensor'] * op.num_outputs)})"
     mutated = ", ".join(f"Tensor({letter}!) out{i}" for i, letter in enumerate(letters))
     _LIBRARY.define(f"{op.name}({op.parameters}) -> {returns}")
@@ -297,13 +387,38 @@ def plan(
     return Plan(*result) if problem_sizes is not None else Plan(*result[:5])
 
 
-def permute(x: Any, row_token: Any, slot_row: Any, expert_offsets: Any, out: Any) -> Any:
+def route_plan(
+    logits: Any, top_k: int, num_experts: int | None, scoring: Any, bias: Any, num_groups: int,
+    topk_groups: int, group_score: Any, renormalize: bool, scale: float, is_padding: Any, expert_map: Any,
+    first_expert: int, scale_alignment: int, problem_sizes: Any, gated: bool, swap_ab: bool, out: Any,
+) -> Any:  # fmt: skip
+    """moecore.route_plan() in a traced program."""
+    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
+    if out is not None:
+        out = (out[0], out[1], *out[2])
+        if any(tensor is None for tensor in out):
+            raise ValueError("route_plan: out has no problem_sizes tensors, expected all under torch.compile")
+    experts = logits.shape[1] if num_experts is None else num_experts
+    result = _call(
+        "route_plan", out, logits, top_k, experts, scoring, bias, num_groups, topk_groups, group_score,
+        renormalize, scale, is_padding, expert_map, first_expert, hidden, inter, scale_alignment, gated,
+        swap_ab,
+    )  # fmt: skip
+    plan = Plan(*result[2:]) if problem_sizes is not None else Plan(*result[2:7])
+    return result[0], result[1], plan
+
+
+def permute(x: Any, scales: Any, row_token: Any, slot_row: Any, expert_offsets: Any, out: Any) -> Any:
     """moecore.permute() in a traced program."""
+    if scales is not None:
+        return _call("permute_scales", out, x, scales, row_token, slot_row, expert_offsets)
     return _call("permute", out, x, row_token, slot_row, expert_offsets)
 
 
-def shuffle_rows(x: Any, map: Any, out: Any) -> Any:
+def shuffle_rows(x: Any, scales: Any, map: Any, out: Any) -> Any:
     """moecore.shuffle_rows() in a traced program."""
+    if scales is not None:
+        return _call("shuffle_rows_scales", out, x, scales, map)
     return _call("shuffle_rows", out, x, map)
 
 
@@ -330,6 +445,12 @@ def finalize(rows: Any, *rest: Any) -> Any:
     """moecore.finalize() in a traced program."""
     *arguments, out = rest
     return _call("finalize", out, rows, *arguments)
+
+
+def finalize_quantize(rows: Any, *rest: Any) -> Any:
+    """moecore.finalize_quantize() in a traced program."""
+    *arguments, out = rest
+    return _call("finalize_quantize", out, rows, *arguments)
 
 
 def fused_experts(

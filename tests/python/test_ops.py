@@ -108,6 +108,72 @@ def test_plan_of_local_experts(frame: Frame, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(frame.read(plan.row_route), expected.row_route)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 30, 200])
+def test_route_plan_is_route_and_plan(frame: Frame, rng: np.random.Generator, num_tokens: int) -> None:
+    logits = frame.make(values(rng, (num_tokens, 24), "f32"), "f32")
+    options: dict[str, Any] = {"scoring": "sigmoid", "num_groups": 4, "topk_groups": 2, "renormalize": True}
+    local: dict[str, Any] = {"first_expert": 6, "problem_sizes": (96, 40)}
+    weights, ids, plan = moecore.route_plan(logits, 5, 12, **options, **local)
+    expected = moecore.route(logits, 5, **options)
+    np.testing.assert_array_equal(frame.read(weights), frame.read(expected[0]))
+    np.testing.assert_array_equal(frame.read(ids), frame.read(expected[1]))
+    for tensor, other in zip(plan, moecore.plan(expected[1], 12, **local), strict=True):
+        np.testing.assert_array_equal(frame.read(tensor), frame.read(other))
+    everyone = moecore.route_plan(logits, 5)[2]
+    assert everyone.num_experts == 24
+    assert everyone.problem_sizes1 is None
+
+
+def test_scales_move_beside_their_rows(frame: Frame, rng: np.random.Generator) -> None:
+    for num_tokens, hidden, top_k, num_experts in SHAPES:
+        ids = random_ids(rng, num_tokens, top_k, num_experts)
+        row_token = oracle.plan(ids, num_experts).row_token
+        x = rng.integers(0, 200, (num_tokens, hidden))
+        scales = values(rng, (num_tokens, 3), "f32")
+        plan = moecore.plan(frame.make(ids, "i32"), num_experts)
+        rows, row_scales = moecore.permute(frame.make(x, "u8"), plan, scales=frame.make(scales, "f32"))
+        np.testing.assert_array_equal(frame.read(rows), oracle.shuffle_rows(x, row_token))
+        np.testing.assert_array_equal(frame.read(row_scales), oracle.shuffle_rows(scales, row_token))
+        rows, row_scales = moecore.shuffle_rows(
+            frame.make(x, "u8"), plan.row_token, scales=frame.make(scales, "f32")
+        )
+        np.testing.assert_array_equal(frame.read(rows), oracle.shuffle_rows(x, row_token))
+        np.testing.assert_array_equal(frame.read(row_scales), oracle.shuffle_rows(scales, row_token))
+
+
+@pytest.mark.parametrize("layout", ["linear", "column_major"])
+def test_finalize_of_codes(torch: Any, rng: np.random.Generator, layout: str) -> None:
+    """e4m3 rows with block scales: to bf16 as the chain says, to codes as quantize() does."""
+    num_tokens, top_k, hidden = 13, 3, 300
+    codes = torch.from_numpy(values(rng, (40, hidden), "f32")).to(torch.float8_e4m3fn)
+    scales = torch.from_numpy(np.abs(values(rng, (40, 3), "f32")))
+    weights = values(rng, (num_tokens, top_k), "f32")
+    slots = rng.integers(-1, 40, (num_tokens, top_k)).astype(np.int32)
+    given: Any = scales if layout == "linear" else scales.T.contiguous()
+    arguments: Any = (codes, torch.from_numpy(slots), torch.from_numpy(weights))
+    options: Any = {"row_scales": given, "scale_layout": layout}
+
+    expected = np.zeros((num_tokens, hidden), np.float32)
+    wide = np.repeat(scales.numpy(), 128, axis=1)[:, :hidden]
+    for t, j in np.ndindex(*slots.shape):
+        if (r := slots[t, j]) >= 0:
+            expected[t] = oracle.fma32(weights[t, j] * wide[r], codes[r].float().numpy(), expected[t])
+    out = moecore.finalize(*arguments, dtype="f32", **options)
+    np.testing.assert_array_equal(out.numpy(), expected)
+    narrow = moecore.finalize(*arguments, dtype="bf16", **options)
+    np.testing.assert_array_equal(narrow.float().numpy(), oracle.round_to(expected, "bf16"))
+
+    out_codes, out_scales = moecore.finalize_quantize(*arguments, **options)
+    again = moecore.quantize(out, moecore.QuantFormat("fp8_block128", layout=layout))
+    assert out_codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(out_codes.view(torch.uint8), again.data.view(torch.uint8))
+    assert torch.equal(out_scales, again.scales)
+    dead: Any = moecore.finalize_quantize(codes, torch.full((4, 2), -1, dtype=torch.int32))
+    assert (dead[0].view(torch.uint8) == 0).all()
+    assert torch.isfinite(dead[1]).all()
+    assert (dead[1] > 0).all()
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, "u8", "i64"])
 def test_permute(frame: Frame, rng: np.random.Generator, dtype: str) -> None:
     for num_tokens, hidden, top_k, num_experts in SHAPES:

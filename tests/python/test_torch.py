@@ -35,14 +35,25 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {
         "route": (d["logits"], K, "sigmoid", torch.randn(E), 4, 2, "max", True, 2.0, torch.zeros(T, dtype=torch.bool)),
         "plan": (d["ids"], E, None, 0, 128, H, I, True, False),
+        "route_plan": (
+            d["logits"], K, E, "softmax", None, 1, 1, "max", True, 2.0, None, None, 0, H, I, 128, True, False,
+        ),
         "permute": (d["x"], plan.row_token, plan.slot_row, plan.expert_offsets),
+        "permute_scales": (d["x"], d["logits"], plan.row_token, plan.slot_row, plan.expert_offsets),
         "shuffle_rows": (d["x"], torch.tensor([3, -1, 0])),
+        "shuffle_rows_scales": (d["x"], d["logits"], torch.tensor([3, -1, 0])),
         "activate": (d["wide"], "swiglu_oai", "interleaved", None, None, None, None),
         "grouped_gemm": (
             d["x"], d["w13"], plan.expert_offsets, d["b13"], plan.row_token, "silu", "gate_up", None, None, None, None,
             *[None] * 7,
         ),
-        "finalize": (d["rows"], plan.slot_row, d["weights"], H - 3, False, d["x"][:, : H - 3].clone()),
+        "finalize": (
+            d["rows"], plan.slot_row, d["weights"], H - 3, False, d["x"][:, : H - 3].clone(), None, "linear", None,
+        ),
+        "finalize_quantize": (
+            d["rows"].to(torch.float8_e4m3fn), plan.slot_row, d["weights"], None, None, torch.ones(T * K, 1),
+            "linear",
+        ),
         "fused_experts": (
             d["x"], d["weights"], d["ids"], d["w13"], d["w2"], d["b13"], d["b2"], "silu", "gate_up", None, None, None,
             None, 0, False, d["x"], *[None] * 8,
@@ -50,21 +61,28 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
-OPS = ["route", "plan", "permute", "shuffle_rows", "activate", "grouped_gemm", "finalize", "fused_experts"]
+OPS = [
+    "route", "plan", "route_plan", "permute", "permute_scales", "shuffle_rows", "shuffle_rows_scales", "activate",
+    "grouped_gemm", "finalize", "finalize_quantize", "fused_experts",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(layer: dict[str, Any], op: str) -> None:
 
     args = cases(layer)[op]
-    torch.library.opcheck(getattr(torch.ops.moecore, op).default, args)
+    # torch's own schema test has no arithmetic for fp8.
+    fp8 = (
+        {"test_utils": ("test_autograd_registration", "test_faketensor")} if op == "finalize_quantize" else {}
+    )
+    torch.library.opcheck(getattr(torch.ops.moecore, op).default, args, **fp8)
     outputs = getattr(torch.ops.moecore, op)(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    fresh = tuple(torch.full_like(o, 7) for o in outputs)
-    torch.library.opcheck(getattr(torch.ops.moecore, f"{op}_out").default, (*args, *fresh))
+    fresh = tuple(torch.full(o.shape, 7).to(o.dtype) for o in outputs)
+    torch.library.opcheck(getattr(torch.ops.moecore, f"{op}_out").default, (*args, *fresh), **fp8)
     getattr(torch.ops.moecore, f"{op}_out")(*args, *fresh)
     for a, b in zip(outputs, fresh, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a.double(), b.double())
 
 
 def forward(logits: Any, x: Any, experts: Any) -> Any:

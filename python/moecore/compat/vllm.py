@@ -183,10 +183,15 @@ def moe_permute(
     permuted_idx is R and a dropped route's inv_permuted_idx is -1.
     """
     plan = moecore.plan(topk_ids, n_expert if n_local_expert == -1 else n_local_expert, expert_map=expert_map)
-    rows = moecore.permute(hidden_states, plan, out=permuted_hidden_states)
     scale = a1q_scale
     if a1q_scale is not None and a1q_scale.dim() > 1:
-        scale = moecore.shuffle_rows(a1q_scale, plan.row_token)
+        scale = a1q_scale.new_empty((plan.num_rows, a1q_scale.shape[1]))
+        rows = permuted_hidden_states
+        if rows is None:
+            rows = hidden_states.new_empty((plan.num_rows, hidden_states.shape[1]))
+        moecore.permute(hidden_states, plan, scales=a1q_scale, out=(rows, scale))
+    else:
+        rows = moecore.permute(hidden_states, plan, out=permuted_hidden_states)
     permuted_idx = torch.where(plan.row_route >= 0, plan.row_route, plan.num_rows)
     return rows, scale, plan.expert_offsets.to(torch.int64), plan.slot_row, permuted_idx
 
