@@ -112,6 +112,10 @@ class Space:
         """``tensor[index]`` in NumPy's form."""
         return np.asarray(_base(tensor)[index])
 
+    def of_expert(self, tensor: Any, expert: int, rows: Any) -> Host:
+        """tensor[expert, rows] in NumPy's form: rows of one expert's weights."""
+        return np.asarray(_base(tensor)[expert][rows])
+
     def assign(self, tensor: Any, rows: Sequence[int], values: Host) -> None:
         """tensor[rows] = values."""
         _base(tensor)[list(rows)] = values
@@ -225,6 +229,9 @@ class _CudaSpace(Space):
             index = torch.from_numpy(index).to(self.device)
         host: Host = tensor[index].cpu().numpy()
         return host.view(np.uint16) if host.dtype == np.int16 else host
+
+    def of_expert(self, tensor: Any, expert: int, rows: Any) -> Host:
+        return self.host(tensor[expert], rows)
 
     def assign(self, tensor: Any, rows: Sequence[int], values: Host) -> None:
         dtype = next(name for name, native in self._dtypes.items() if native == tensor.dtype)
