@@ -21,6 +21,8 @@ namespace {
 inline constexpr bool kFusedMultiplyAdd = true;
 #include "cpu/simd/vec_avx2.inl"
 //
+#include "cpu/simd/bytes_avx2.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 
@@ -28,6 +30,10 @@ inline constexpr bool kFusedMultiplyAdd = true;
 constexpr int tile_cols(int rows) {
   return rows <= 2 ? 4 : 3;
 }
+#include "cpu/gemm/lanes_avx2.inl"
+//
+#include "cpu/gemm/decode_lanes.inl"
+//
 #include "cpu/gemm/decode.inl"
 //
 #include "cpu/gemm/dot.inl"

@@ -22,6 +22,8 @@ namespace {
 inline constexpr bool kFusedMultiplyAdd = true;
 #include "cpu/simd/vec_avx512.inl"
 //
+#include "cpu/simd/bytes_avx512.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 
@@ -29,6 +31,10 @@ inline constexpr bool kFusedMultiplyAdd = true;
 constexpr int tile_cols(int rows) {
   return rows <= 4 ? 6 : rows <= 6 ? 4 : 3;
 }
+#include "cpu/gemm/lanes_avx512.inl"
+//
+#include "cpu/gemm/decode_lanes.inl"
+//
 #include "cpu/gemm/decode.inl"
 //
 #include "cpu/gemm/dot.inl"

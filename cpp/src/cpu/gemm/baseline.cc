@@ -20,6 +20,8 @@ inline constexpr bool kFusedMultiplyAdd = false;  // it would be a function call
 #endif
 #include "cpu/simd/vec_baseline.inl"
 //
+#include "cpu/simd/bytes_baseline.inl"
+//
 #include "cpu/simd/tail.inl"
 //
 
@@ -27,6 +29,8 @@ inline constexpr bool kFusedMultiplyAdd = false;  // it would be a function call
 constexpr int tile_cols(int rows) {
   return rows <= 2 ? 3 : 2;
 }
+#include "cpu/gemm/decode_in_order.inl"
+//
 #include "cpu/gemm/decode.inl"
 //
 #include "cpu/gemm/dot.inl"

@@ -20,35 +20,42 @@
 
 inline constexpr std::int64_t kPanelBytes = 128 * 1024;  // kBlockRows x kSumDepth of f32
 
-// to[step * rows] = operand of `depth` elements at `from`.
-template <class P>
-void pack_row(const std::byte* from, std::int64_t depth, int rows, typename P::Operand* to) {
-  const std::int64_t steps = depth / P::kStep, rest = depth % P::kStep;
-  for (std::int64_t s = 0; s < steps; ++s, from += P::kStep * P::kXBytes, to += rows) *to = P::x(from);
-  if (rest > 0) {
-    std::byte padded[P::kStep * P::kXBytes] = {};
-    std::memcpy(padded, from, static_cast<std::size_t>(rest * P::kXBytes));
-    *to = P::x(padded);
-  }
-}
-
 // panel[step * rows + i] = operand of row row0 + i.
 template <class P>
 void pack_rows(const Product& p, int row0, int rows, std::int64_t first, std::int64_t depth,
                typename P::Operand* panel) {
+  const std::int64_t steps = depth / P::kStep, rest = depth % P::kStep;
   for (int i = 0; i < rows; ++i) {
-    if constexpr (P::kDecodes && P::kXBytes == sizeof(float)) {
-      if (p.x_codes) {
-        alignas(64) float decoded[kDecodedDepth];
-        for (std::int64_t k = 0; k < depth; k += kDecodedDepth) {
-          const std::int64_t n = std::min(kDecodedDepth, depth - k);
-          decode_row(*p.x_codes, p.x[row0 + i], p.x_scales[row0 + i], first + k, n, decoded);
-          pack_row<P>(reinterpret_cast<const std::byte*>(decoded), n, rows, panel + k / P::kStep * rows + i);
-        }
-        continue;
+    const std::byte* from = p.x[row0 + i] + first * P::kXBytes;
+    typename P::Operand* to = panel + i;
+    for (std::int64_t s = 0; s < steps; ++s, from += P::kStep * P::kXBytes, to += rows) *to = P::x(from);
+    if (rest > 0) {
+      std::byte padded[P::kStep * P::kXBytes] = {};
+      std::memcpy(padded, from, static_cast<std::size_t>(rest * P::kXBytes));
+      *to = P::x(padded);
+    }
+  }
+}
+
+// The same where the weights are codes: in the order in which they are decoded, up to a whole step of it.
+template <class P>
+void pack_arranged(const Product& p, int row0, int rows, std::int64_t first, std::int64_t depth, Vec* panel) {
+  const auto arrange_step = p.w_codes->e2m1 ? arrange<true> : arrange<false>;
+  for (int i = 0; i < rows; ++i) {
+    Vec* to = panel + i;
+    for (std::int64_t k = 0; k < depth; k += kDecodedDepth) {
+      alignas(64) float in_order[kDecodedDepth], arranged[kDecodeStep];
+      const std::int64_t n = std::min(kDecodedDepth, depth - k), whole = whole_steps(n);
+      if (p.x_codes)
+        decode_in_order(*p.x_codes, p.x[row0 + i], p.x_scales[row0 + i], first + k, n, in_order);
+      else
+        widen(reinterpret_cast<const typename P::X*>(p.x[row0 + i]) + first + k, in_order, n);
+      std::fill(in_order + n, in_order + whole, 0.0f);
+      for (std::int64_t step = 0; step < whole; step += kDecodeStep) {
+        arrange_step(in_order + step, arranged);
+        for (int v = 0; v < kDecodeStep; v += W, to += rows) *to = load(arranged + v);
       }
     }
-    pack_row<P>(p.x[row0 + i] + first * P::kXBytes, depth, rows, panel + i);
   }
 }
 
@@ -176,7 +183,7 @@ void dot_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::in
           decode_row(*p.w_codes, w + j * tiles * p.w_pitch, p.w_codes->scales_of(run.first + col + j * tiles),
                      start + first, depth, decoded[j]);
         const Tile tile{reinterpret_cast<const std::byte*>(decoded), sizeof decoded[0], 0, tiles};
-        multiply(x, first / P::kStep, tile, depth, fresh, c + col, p.c_pitch);
+        multiply(x, first / P::kStep, tile, whole_steps(depth), fresh, c + col, p.c_pitch);
       } else {
         const Tile tile{w + (start + first) * P::kWBytes, tiles * p.w_pitch, p.w_pitch, tiles};
         multiply(x, first / P::kStep, tile, depth, fresh, c + col, p.c_pitch);
@@ -204,9 +211,15 @@ void dot_product(const Product& p) {
   const Groups groups(p.rows, P::kRows);
   for (std::int64_t start = 0; start == 0 || start < p.depth; start += panel_depth) {
     const std::int64_t packed = std::min(panel_depth, p.depth - start);
-    const Panel<P> panel{data, (packed + P::kStep - 1) / P::kStep, groups};
-    for (int g = 0; g < groups.count; ++g)
-      pack_rows<P>(p, groups.first(g), groups.rows(g), start, packed, data + panel.steps * groups.first(g));
+    const std::int64_t padded = P::kDecodes ? whole_steps(packed) : packed;
+    const Panel<P> panel{data, (padded + P::kStep - 1) / P::kStep, groups};
+    for (int g = 0; g < groups.count; ++g) {
+      Operand* to = data + panel.steps * groups.first(g);
+      if constexpr (P::kDecodes)
+        pack_arranged<P>(p, groups.first(g), groups.rows(g), start, packed, to);
+      else
+        pack_rows<P>(p, groups.first(g), groups.rows(g), start, packed, to);
+    }
     float* c = p.c;
     for (const WeightRows& run : p.w) {
       dot_run_for<P, P::kRows>(groups.rows(0), p, panel, run, start, packed, c);
@@ -238,6 +251,7 @@ struct Widened {
 // The policy for codes as weights: they have become f32 when the tiles read them.
 template <class T, int kTileRows>
 struct Decoded : Widened<T, kTileRows> {
+  using X = T;
   static constexpr int kWBytes = sizeof(float);
   static constexpr bool kDecodes = true;
   static Vec w(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }

@@ -1,0 +1,128 @@
+// Decoding by table, inside the 128-bit lanes of a vector of bytes.
+//
+// The upper half of an f32 holds every value of e2m1 and e4m3. Its two bytes are looked up for all bytes of a
+// vector at once, then zipped into words; the words at even places become floats by a shift, those at odd
+// places by a mask. What comes out lies in this order, with D = 0 .. 3 and a lane's first element in front:
+//   e2m1, of 32 elements a lane: 16h + 4D + (0, 2, 1, 3) for h = 0, 1
+//   e4m3, of 16 elements a lane: 8h + 2D + (0, 1) for h = 0, 1
+//
+// e4m3 is s eeee mmm = (s eee)(e mmm), two nibbles. Its exponent's bias is 7, f32's 127, and 120 is even: so
+// the first byte depends on (s eee) alone, the second on (e mmm) alone, except where eee is 0: there the
+// value is (e mmm) * 2^-9, in subnormals as in the binade above them. Lookups that do not apply give 0
+// through the index's highest bit, and what is looked up is combined by OR.
+//
+// Over a file's Bytes: bytes_at, table, all_bytes, &, |, ^, +, equal, lookup, high_nibbles, interleave_low
+// and _high, low_words, high_words; and load_lanes, transpose_lanes, even_and_odd, permute.
+
+inline constexpr int kDecodeStep = 8 * W;
+
+struct ByteTable {
+  alignas(16) std::uint8_t bytes[16];
+};
+
+// Byte `which` (1 is the upper) of the upper half of an f32, for 16 values.
+template <class F>
+constexpr ByteTable half_table(int which, F value) {
+  ByteTable t{};
+  for (std::uint8_t i = 0; i < 16; ++i)
+    t.bytes[i] = static_cast<std::uint8_t>(numeric::bits(value(i)) >> (16 + 8 * which));
+  return t;
+}
+inline constexpr ByteTable kE2m1Low = half_table(0, numeric::e2m1_to_f32);
+inline constexpr ByteTable kE2m1High = half_table(1, numeric::e2m1_to_f32);
+constexpr float small_e4m3(std::uint8_t n) {
+  return static_cast<float>(n) * 0x1p-9f;
+}
+inline constexpr ByteTable kSmallLow = half_table(0, small_e4m3);
+inline constexpr ByteTable kSmallHigh = half_table(1, small_e4m3);
+// (s eee): the sign and half of eeee + 120; only the sign where eee is 0.
+inline constexpr ByteTable kNormalHigh = [] {
+  ByteTable t{};
+  for (int i = 0; i < 16; ++i)
+    t.bytes[i] = static_cast<std::uint8_t>((i & 8) << 4 | (i & 7 ? (i & 7) + 60 : 0));
+  return t;
+}();
+// (e mmm): the last bit of the exponent and the mantissa.
+inline constexpr ByteTable kNormalLow = [] {
+  ByteTable t{};
+  for (int i = 0; i < 16; ++i) t.bytes[i] = static_cast<std::uint8_t>(i << 4);
+  return t;
+}();
+
+// A step has a scale for every lane and, where blocks are half a lane, for every half of one.
+struct ScaleLanes {
+  struct Scales {
+    Vec half[2];
+  };
+  int block;
+  Ints first, second;
+
+  explicit ScaleLanes(int block) : block(block) {
+    // e2m1: a lane is 32 columns. e4m3 scales are those of 128 columns, which a step of 64 or 128 lies in.
+    const int step = block == 16 ? 2 : block == 32 ? 1 : 0;
+    std::int32_t index[W];
+    for (int i = 0; i < W; ++i) index[i] = i / 4 * step;
+    std::memcpy(&first, index, sizeof first);
+    second = first + set_int(block == 16);
+  }
+  Scales at(const float* scale, std::int64_t k) const {
+    const Vec s = load(scale + (block ? k / block : 0));
+    return {permute(s, first), permute(s, second)};
+  }
+};
+
+template <bool e2m1>
+MOECORE_INLINE void decode_step(const std::uint8_t* codes, const ScaleLanes::Scales& scales, float* out) {
+  if constexpr (e2m1) {
+    const Bytes v = bytes_at(codes), even = v & all_bytes(15), odd = high_nibbles(v);
+    const Bytes tl = table(kE2m1Low.bytes), th = table(kE2m1High.bytes);
+    const Bytes el = lookup(tl, even), eh = lookup(th, even), ol = lookup(tl, odd), oh = lookup(th, odd);
+    const Bytes words[4] = {interleave_low(el, eh), interleave_low(ol, oh), interleave_high(el, eh),
+                            interleave_high(ol, oh)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      store(out + 2 * i * W, low_words(words[i]) * scales.half[i / 2]);
+      store(out + (2 * i + 1) * W, high_words(words[i]) * scales.half[i / 2]);
+    }
+  } else {
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      const Bytes v = bytes_at(codes + part * 4 * W), magnitude = v & all_bytes(0x7F);
+      // Its low nibble is (e mmm), its highest bit whether eee is not 0.
+      const Bytes normal = magnitude + all_bytes(0x70), small = normal ^ all_bytes(-0x80);
+      const Bytes nan = equal(magnitude, all_bytes(0x7F));
+      const Bytes high =
+          lookup(table(kNormalHigh.bytes), high_nibbles(v)) | lookup(table(kSmallHigh.bytes), normal) | nan;
+      const Bytes low = lookup(table(kNormalLow.bytes), small) | lookup(table(kSmallLow.bytes), normal);
+      const Bytes words[2] = {interleave_low(low, high), interleave_high(low, high)};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        float* to = out + (part * 4 + 2 * i) * W;
+        store(to, low_words(words[i]) * scales.half[0]);
+        store(to + W, high_words(words[i]) * scales.half[0]);
+      }
+    }
+  }
+}
+
+template <bool e2m1>
+MOECORE_INLINE void arrange(const float* in, float* out) {
+  if constexpr (e2m1) {
+    for (int h = 0; h < 2; ++h) {
+      Vec v[4];
+      for (int q = 0; q < 4; ++q) v[q] = load_lanes(in + 16 * h + 4 * q, 32);
+      transpose_lanes(v);
+      constexpr int kOrder[4] = {0, 2, 1, 3};
+      for (int i = 0; i < 4; ++i) store(out + (4 * h + i) * W, v[kOrder[i]]);
+    }
+  } else {
+    for (int part = 0; part < 2; ++part)
+      for (int h = 0; h < 2; ++h) {
+        const float* from = in + part * 4 * W + 8 * h;
+        Vec even, odd;
+        even_and_odd(load_lanes(from, 16), load_lanes(from + 4, 16), even, odd);
+        store(out + (4 * part + 2 * h) * W, even);
+        store(out + (4 * part + 2 * h + 1) * W, odd);
+      }
+  }
+}
