@@ -5,8 +5,8 @@
     PYTHONPATH=build/dev/python python bench/report.py --check    # exit 1 if anything would change
 
 Reads every file that `moecore bench --out` wrote there; where files of one machine hold a case twice, the
-later run counts. Text is replaced between `<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need matplotlib;
-the same results give the same bytes.
+later run counts. Text is replaced between `<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need
+matplotlib; the same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def pyplot() -> Any:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
+            "axes.axisbelow": True,
             "grid.color": "#e4e4e4",
             "legend.frameon": False,
             "figure.facecolor": "white",
@@ -287,7 +288,7 @@ def draw_layer_roofline(machine: Machine) -> bytes:
         axis.set(xscale="log", yscale="log", title=op, xlabel="FLOP per byte")
         axis.legend(loc="lower right")
     axes[0].set_ylabel("TFLOP/s")
-    figure.suptitle(f"{short_name(machine)}: all layers and batch sizes below the measured roof")
+    figure.suptitle(f"{short_name(machine)}: all layers and batch sizes below the measured roof", y=1.03)
     return svg(figure)
 
 
@@ -341,12 +342,14 @@ def draw_speedup(machine: Machine) -> bytes:
     for i, group in enumerate(groups):
         places = [y + (i - 1) * 0.26 for y, label in enumerate(labels) if group in bars[label]]
         values = [mean(bars[label][group]) for label in labels if group in bars[label]]
-        axis.barh(places, values, height=0.24, color=COLORS[i], label=group)
+        axis.barh(places, [v - 1 for v in values], 0.24, left=1, color=COLORS[i], label=group)
     axis.axvline(1, color="#333333", lw=1)
     axis.set_yticks(range(len(labels)), [f"{key} {dtype}" for key, dtype in labels])
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="times as fast as the best peer (geometric mean over layers)")
-    ticks = [0.5, 0.75, 1, 1.5, 2, 3, 5, 10]
+    ticks = [0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10]
+    widths = [value for by_group in bars.values() for values in by_group.values() for value in values]
+    ticks = [tick for tick in ticks if min(widths) * 0.7 < tick < max(widths) * 1.4]
     axis.set_xticks(ticks, [str(x) for x in ticks])
     axis.minorticks_off()
     axis.grid(axis="y", visible=False)
