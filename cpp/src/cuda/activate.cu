@@ -33,7 +33,8 @@ struct ActivateArgs {
   ActivationParams params;
 };
 
-template <class T, int kWidth, ActivationKind kKind>
+/// kBare: halves of a row, and neither limit nor beta changes anything.
+template <class T, int kWidth, ActivationKind kKind, bool kBare = false>
 __global__ void __launch_bounds__(kMaxThreads) activate_kernel(const ActivateArgs args) {
   using Vector = dev::Pack<T, kWidth>;
   dev::wait_for_predecessor();
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads) activate_kernel(const ActivateArg
     const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
     auto load = [&](std::int64_t at) { return *reinterpret_cast<const Vector*>(x + at); };
     Vector result;
-    switch (args.order) {
+    switch (kBare ? GateOrder::kGateUp : args.order) {
       case GateOrder::kPlain: {
         const Vector v = load(i);
 #pragma unroll
@@ -71,11 +72,14 @@ __global__ void __launch_bounds__(kMaxThreads) activate_kernel(const ActivateArg
       }
       default: {
         const bool gate_first = args.order == GateOrder::kGateUp;
-        const Vector gate = load(gate_first ? i : i + args.inter), up = load(gate_first ? i + args.inter : i);
+        const Vector gates = load(gate_first ? i : i + args.inter),
+                     ups = load(gate_first ? i + args.inter : i);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e)
-          result.values[e] = dev::from_f32<T>(
-              activate_gated<kKind>(dev::to_f32(gate.values[e]), dev::to_f32(up.values[e]), args.params));
+        for (int e = 0; e < kWidth; ++e) {
+          const float gate = dev::to_f32(gates.values[e]), up = dev::to_f32(ups.values[e]);
+          result.values[e] = dev::from_f32<T>(kBare ? activate_and_mul<kKind>(gate, up, args.params.alpha)
+                                                    : activate_gated<kKind>(gate, up, args.params));
+        }
       }
     }
     *reinterpret_cast<Vector*>(static_cast<T*>(args.out) + row * args.out_stride + i) = result;
@@ -122,6 +126,12 @@ void activate(const ActivateProblem& p, const ExecContext& ctx) {
                                 .block = dim3(policy.threads),
                                 .stream = stream(ctx),
                                 .dependent = true};
+      if constexpr (kKind == ActivationKind::kSilu) {
+        const bool halves =
+            p.activation.order == GateOrder::kGateUp || p.activation.order == GateOrder::kUpGate;
+        if (policy.vectors && halves && changes_nothing(args.params))
+          return launch("activate", device, config, activate_kernel<T, kWidth, kKind, true>, args);
+      }
       launch("activate", device, config,
              policy.vectors ? activate_kernel<T, kWidth, kKind> : activate_kernel<T, 1, kKind>, args);
     });

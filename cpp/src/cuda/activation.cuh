@@ -1,6 +1,8 @@
 #pragma once
 // The activations on single f32 values. Shared by activate and by the epilogues of grouped_gemm.
 
+#include <limits>
+
 #include "cuda/device/math.cuh"
 #include "moecore/activate.h"
 
@@ -11,8 +13,14 @@ struct ActivationParams {
   float alpha, beta, limit;
 };
 
+/// A beta of 0 becomes -0, whose addition changes nothing. See changes_nothing().
 inline ActivationParams activation_params(const Activation& a) {
-  return {a.alpha, a.beta, a.limit};
+  return {a.alpha, a.beta == 0.0f ? -0.0f : a.beta, a.limit};
+}
+
+/// Whether limit and beta leave every number as it is, so that a kernel may leave them out.
+inline bool changes_nothing(const ActivationParams& a) {
+  return a.beta == 0.0f && a.limit == std::numeric_limits<float>::infinity();
 }
 
 template <ActivationKind kKind>
@@ -30,14 +38,20 @@ __device__ __forceinline__ float activation_function(float x, float alpha) {
 /// f(gate) * (up + beta), clamped as the activation says.
 template <ActivationKind kKind>
 __device__ __forceinline__ float activate_gated(float gate, float up, const ActivationParams& a) {
-  const float y = activation_function<kKind>(dev::min_or_second(a.limit, gate), a.alpha);
-  return y * (dev::min_or_second(a.limit, dev::max_or_second(-a.limit, up)) + a.beta);
+  const float y = activation_function<kKind>(dev::min_or_nan(a.limit, gate), a.alpha);
+  return y * (dev::min_or_nan(a.limit, dev::max_or_nan(-a.limit, up)) + a.beta);
+}
+
+/// The same where limit and beta change nothing.
+template <ActivationKind kKind>
+__device__ __forceinline__ float activate_and_mul(float gate, float up, float alpha) {
+  return activation_function<kKind>(gate, alpha) * up;
 }
 
 /// f(x) for a row without an up part.
 template <ActivationKind kKind>
 __device__ __forceinline__ float activate_plain(float x, const ActivationParams& a) {
-  return activation_function<kKind>(dev::min_or_second(a.limit, x), a.alpha);
+  return activation_function<kKind>(dev::min_or_nan(a.limit, x), a.alpha);
 }
 
 /// Calls f.template operator()<kKind>() for a kind known at run time.

@@ -17,10 +17,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-bool aligned(const void* data, std::int64_t pitch_bytes, std::int64_t rows, int bytes) {
-  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0 && (rows <= 1 || pitch_bytes % bytes == 0);
-}
-
 Encoding encoding_of(const QuantFormat& f) {
   switch (f.kind) {
     case QuantKind::kFp8:
@@ -36,10 +32,10 @@ Encoding encoding_of(const QuantFormat& f) {
   }
 }
 
-/// Blocks of a row whose scales are stored: with scales in words, up to the end of the last word.
-std::int64_t stored_blocks(const ScaleRef& s) {
-  const bool words = s.bytes == 1 && s.layout != ScaleLayout::kLinear;
-  return words ? s.words() * kScaleWord : s.cols;
+/// The one activation that has kernels of its own.
+bool is_silu_and_mul(const Activation& a) {
+  return a.kind == ActivationKind::kSilu && changes_nothing(activation_params(a)) &&
+         (a.order == GateOrder::kGateUp || a.order == GateOrder::kUpGate);
 }
 
 /// The arguments but for what depends on the policy.
@@ -47,22 +43,18 @@ QuantizeArgs make_args(const QuantizeProblem& p) {
   constexpr std::int64_t kMostColumns = std::int64_t{1} << 30;
   if (p.padded_cols > kMostColumns || p.cols > kMostColumns)
     throw Unsupported("quantize: the CUDA engine takes rows of at most 2^30 columns");
-  const std::int64_t element = bit_width(p.dtype) / 8;
-  const bool by_token = p.slot_row && !p.global_scale_per_expert;
-  const bool halves_aligned = !p.activation || p.activation->order == GateOrder::kPlain ||
-                              p.activation->order == GateOrder::kInterleaved || p.cols * element % 16 == 0;
+  const bool by_token = quantizes_tokens(p);
   QuantizeArgs args{.x = p.x,
                     .x_stride = p.x_stride,
                     .cols = static_cast<int>(p.cols),
                     .data = p.data,
                     .data_pitch = p.data_pitch,
                     .padded_cols = static_cast<int>(p.padded_cols),
-                    .x_aligned = halves_aligned && aligned(p.x, p.x_stride * element, p.rows, 16),
-                    .data_aligned = aligned(p.data, p.data_pitch, p.out_rows,
-                                            p.format.data_dtype() == DType::kE2M1 ? 8 : 16),
+                    .x_aligned = source_is_aligned(p),
+                    .data_aligned = data_is_aligned(p),
                     .scales = p.scales,
                     .stored_blocks = static_cast<int>(stored_blocks(p.scales)),
-                    .steps = ScaleSteps(p.scales),
+                    .map = ScaleMap(p.scales),
                     .rule = {.amax_floor = p.format.amax_floor,
                              .amax_cap = p.format.amax_cap,
                              .power_of_two = p.format.kind != QuantKind::kFp8 || p.format.power_of_two,
@@ -83,10 +75,9 @@ QuantizeArgs make_args(const QuantizeProblem& p) {
   return args;
 }
 
-/// Tiles of `per_warp` * kTile columns of every task.
-void set_tiles(QuantizeArgs& args, std::int64_t columns, int per_warp) {
-  const std::int64_t width = static_cast<std::int64_t>(kTile) * per_warp;
-  const std::int64_t tiles = std::max<std::int64_t>(1, (columns + width - 1) / width);
+/// Tiles of kTile columns of every row.
+void set_tiles(QuantizeArgs& args, std::int64_t columns) {
+  const std::int64_t tiles = std::max<std::int64_t>(1, (columns + kTile - 1) / kTile);
   if (args.num_tasks * tiles > std::numeric_limits<std::int32_t>::max() / 2)
     throw Unsupported("quantize: the CUDA engine takes at most 2^30 tiles of 512 columns");
   args.tiles = static_cast<int>(tiles);
@@ -95,10 +86,10 @@ void set_tiles(QuantizeArgs& args, std::int64_t columns, int per_warp) {
 
 std::string describe(const QuantizePolicy& policy, const QuantizeProblem& p) {
   std::string text = "cuda, ";
-  text += whole_rows(p.format) ? "a block for each " : "a warp for each 512 columns of a ";
-  text += p.slot_row && !p.global_scale_per_expert ? "token" : "row";
+  text += quantizes_tokens(p) ? "blocks for each token" : "blocks for each row";
   text += ", threads=" + std::to_string(policy.threads) + " unroll=" + std::to_string(policy.unroll);
-  if (!whole_rows(p.format)) text += " lookup=" + std::to_string(policy.lookup);
+  if (!whole_rows(p.format))
+    text += " tasks=" + std::to_string(policy.tasks) + " lookup=" + std::to_string(policy.lookup);
   return text;
 }
 
@@ -130,7 +121,7 @@ struct DequantizeArgs {
   bool global_scale_per_expert;
   bool one_scale;  // for the tensor
   int block;       // columns, 0 for a whole row
-  ScaleSteps steps;
+  ScaleMap map;
   ExpertRowsRef experts;
   void* out;
   std::int64_t out_stride;
@@ -155,10 +146,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   const int n = args.cols - column;
   if (n <= 0) return;
 
-  const Place place = place_of(args.experts, args.scales, args.global_scale_per_expert, row, search_expert);
+  const Place place =
+      place_of(args.experts, args.map, args.scales.layout, args.global_scale_per_expert, row, search_expert);
   const int block = args.block > 0 ? column / args.block : 0;
   const std::byte* at = args.scales.data;
-  if (!args.one_scale) at += place.scales + args.steps.to(block);
+  if (!args.one_scale) at += place.scales + args.map.of_block(block);
   float scale;
   if (args.scales.bytes == 4) {
     scale = *reinterpret_cast<const float*>(at);
@@ -226,8 +218,9 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
   QuantizePolicy policy = select_quantize_policy(p, device.num_sms);
   if (!whole_rows(p.format))
     override_policy("quantize", ctx.policy,
-                    {{"threads", &policy.threads, {64, 128, 256}},
-                     {"unroll", &policy.unroll, {1, p.activation ? 1 : 2}},
+                    {{"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
+                     {"unroll", &policy.unroll, {1, may_unroll(p) ? 2 : 1}},
+                     {"tasks", &policy.tasks, {1, 2, 4, 8}},
                      {"lookup", &policy.lookup, {0, 1}}});
   if (explained(ctx, "quantize", [&] { return describe(policy, p); })) return;
 
@@ -237,7 +230,7 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
                    .device = device,
                    .stream = stream(ctx),
                    .args = make_args(p),
-                   .padding_blocks = 0};
+                   .whole_units = whole_units(p)};
   const DeviceGuard guard(device);
   if (l.encoding == Encoding::kTensor && !p.format.static_scale) {
     auto* scale = reinterpret_cast<float*>(p.scales.data);
@@ -248,25 +241,30 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
                     .args = l.args,
                     .amax = reinterpret_cast<std::uint32_t*>(scale),
                     .per_expert = false};
-    set_tiles(amax.args, p.cols, 1);
+    set_tiles(amax.args, p.cols);
     p.activation ? launch_amax_activated(amax) : launch_amax_plain(amax);
     finish_scales("quantize", device, l.stream, scale, 1, false, p.format.amax_floor, p.format.amax_cap);
   }
-  if (l.encoding == Encoding::kToken) {
-    if (l.args.num_tasks == 0) return;
-    if (l.args.num_tasks > std::numeric_limits<std::int32_t>::max())
-      throw Unsupported("quantize: the CUDA engine takes at most 2^31 - 1 rows");
-  } else {
+  if (l.encoding != Encoding::kToken) {
     l.args.lookup = policy.lookup;
-    const std::int64_t block = std::max<std::int64_t>(1, p.format.block());
-    set_tiles(l.args, std::max(p.padded_cols, stored_blocks(p.scales) * block), policy.unroll);
-    const std::int64_t warps = policy.threads / 32, tiles = l.args.num_tasks * l.args.tiles;
-    l.args.tile_blocks = static_cast<unsigned>((tiles + warps - 1) / warps);
-    const std::int64_t padding = padding_warps(p.scales, p.experts, p.out_rows);
-    l.padding_blocks = static_cast<unsigned>((padding + warps - 1) / warps);
-    if (l.args.tile_blocks + l.padding_blocks == 0) return;
+    l.args.tasks_of_block = policy.tasks;
+    const std::int64_t parts = row_parts(policy, columns_of_row(p)), warps = parts * policy.threads / 32;
+    if (parts > 65535) throw Unsupported("quantize: the CUDA engine takes rows of at most 2^25 columns");
+    l.row_parts = static_cast<unsigned>(parts);
+    l.args.padding_blocks =
+        static_cast<unsigned>((padding_warps(p.scales, p.experts, p.out_rows) + warps - 1) / warps);
   }
-  p.activation ? launch_activated(l) : launch_plain(l);
+  const std::int64_t blocks = l.args.padding_blocks + (l.args.num_tasks + policy.tasks - 1) / policy.tasks;
+  if (blocks == 0) return;
+  if (blocks > std::numeric_limits<std::int32_t>::max())
+    throw Unsupported("quantize: the CUDA engine takes at most 2^31 - 1 rows");
+  l.blocks = static_cast<unsigned>(blocks);
+  if (!p.activation)
+    launch_plain(l);
+  else if (is_silu_and_mul(*p.activation))
+    launch_silu_and_mul(l);
+  else
+    launch_activated(l);
 }
 
 void dequantize(const DequantizeProblem& p, const ExecContext& ctx) {
@@ -287,7 +285,7 @@ void dequantize(const DequantizeProblem& p, const ExecContext& ctx) {
                             .global_scale_per_expert = p.global_scale_per_expert,
                             .one_scale = encoding_of(p.format) == Encoding::kTensor,
                             .block = static_cast<int>(p.format.block()),
-                            .steps = ScaleSteps(p.scales),
+                            .map = ScaleMap(p.scales),
                             .experts = p.experts,
                             .out = p.out,
                             .out_stride = p.out_stride,
@@ -330,7 +328,7 @@ void global_scale(const GlobalScaleProblem& p, const ExecContext& ctx) {
                                   .experts = p.experts}),
                .amax = reinterpret_cast<std::uint32_t*>(p.out),
                .per_expert = p.per_expert};
-  set_tiles(l.args, p.cols, 1);
+  set_tiles(l.args, p.cols);
   launch_amax_plain(l);
   finish_scales("global_scale", device, stream(ctx), p.out, n, true, 0.0f, std::numeric_limits<float>::max());
 }

@@ -2,9 +2,10 @@
 // What the quantize kernels share: arguments, rows and scales, a unit of 16 columns.
 //
 // A thread owns a *unit*: 16 columns of one row, 32 bytes of a 16-bit type, which become 16 bytes of e4m3 or
-// 8 of e2m1. A warp owns a *tile*: 32 units, 512 columns of one row, so that everything about the row (its
-// expert, its copies, where its scales stand) is the same for all its lanes.
+// 8 of e2m1. A block works on one row, so that everything about the row (its expert, its copies, where its
+// scales stand) is uniform and costs its threads nothing.
 
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -37,13 +38,31 @@ struct ScaleRule {
   numeric::PowerOfTwoRule exponent;
 };
 
-/// Bytes between the scales of a row.
-struct ScaleSteps {
-  std::int64_t four = 0, one = 0;  // from four scales to the next four, and from one to the next
+/// scale_byte() as shifts and strides, without its branches: scales of a row lie in words of four, rows in
+/// tiles of 2^tile_shift, and a tile's rows in groups of 2^group_shift whose words are 4 bytes apart.
+struct ScaleMap {
+  std::int64_t four, one;  // from four scales of a row to the next four, and from one to the next
+  std::int64_t tile;       // from one tile of rows to the next
+  std::int64_t base;       // for each row that a block of scales starts at
+  int tile_shift, group_shift, row;
 
-  explicit ScaleSteps(const ScaleRef& s)
-      : four(scale_byte(s, 0, 0, kScaleWord)), one(scale_byte(s, 0, 0, 1)) {}
-  __device__ __forceinline__ std::int64_t to(int block) const { return block / 4 * four + block % 4 * one; }
+  explicit ScaleMap(const ScaleRef& s)
+      : four(scale_byte(s, 0, 0, kScaleWord)),
+        one(scale_byte(s, 0, 0, 1)),
+        tile(scale_byte(s, 0, scale_row_multiple(s.layout), 0)),
+        base(is_swizzled(s.layout) ? s.words() * kScaleWord : 0),
+        tile_shift(std::countr_zero(static_cast<unsigned>(scale_row_multiple(s.layout)))),
+        group_shift(s.layout == ScaleLayout::kSwizzled128x4 ? 5 : tile_shift),
+        row(is_swizzled(s.layout) ? static_cast<int>(scale_byte(s, 0, 1, 0)) : 0) {}
+
+  /// Where the scales of row `r` of the block at `base_row` begin.
+  __device__ __forceinline__ std::int64_t of_row(int base_row, int r) const {
+    const int within = r & ((1 << tile_shift) - 1), group = within >> group_shift;
+    return base_row * base + (r >> tile_shift) * tile + ((within - (group << group_shift)) * row + group * 4);
+  }
+  __device__ __forceinline__ std::int64_t of_block(int block) const {
+    return block / 4 * four + block % 4 * one;
+  }
 };
 
 struct QuantizeArgs {
@@ -56,7 +75,7 @@ struct QuantizeArgs {
   bool x_aligned, data_aligned;  // every unit starts where its vectors may
   ScaleRef scales;
   int stored_blocks;  // of a row: with scales in words, up to the end of the last word
-  ScaleSteps steps;
+  ScaleMap map;
   ScaleRule rule;
   const float* global_scale;
   bool global_scale_per_expert;
@@ -67,9 +86,10 @@ struct QuantizeArgs {
   const std::int32_t* slot_row;
   int top_k;
   int lookup{};
-  int tiles{};  // of a task
+  unsigned padding_blocks{};  // the first ones of the grid, which zero the padding of the scales
+  int tasks_of_block{};
+  int tiles{};  // amax: of a row
   dev::Divisor by_tiles{};
-  unsigned tile_blocks{};  // blocks that work on tiles; those behind them zero the padding of the scales
   GateOrder order{};
   ActivationKind kind{};
   ActivationParams activation{};
@@ -97,7 +117,7 @@ __device__ __forceinline__ bool row_is_live(const ExpertRowsRef& experts, std::i
   return !experts.row_counts || row % experts.group_rows < experts.row_counts[row / experts.group_rows];
 }
 
-__device__ __forceinline__ std::int64_t search_expert(const ExpertRowsRef& experts, std::int64_t row) {
+__device__ __forceinline__ int search_expert(const ExpertRowsRef& experts, std::int64_t row) {
   int low = 0, high = static_cast<int>(experts.num_experts);  // the first expert that ends behind the row
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -109,17 +129,20 @@ __device__ __forceinline__ std::int64_t search_expert(const ExpertRowsRef& exper
   return low;
 }
 
-/// The same by the whole warp, for one row.
-__device__ __forceinline__ std::int64_t count_experts(const ExpertRowsRef& experts, std::int64_t row) {
-  unsigned ended = 0;
-  for (int e = static_cast<int>(threadIdx.x) % 32; e < experts.num_experts; e += 32)
-    ended += __ldg(experts.expert_offsets + 1 + e) <= row;
-  return __reduce_add_sync(0xFFFFFFFF, ended);
+/// The same by all threads of the block, for one row.
+__device__ __forceinline__ int count_experts(const ExpertRowsRef& experts, std::int64_t row) {
+  int before = 0;
+  for (int first = 0; first < experts.num_experts; first += static_cast<int>(blockDim.x)) {
+    const int e = first + static_cast<int>(threadIdx.x);
+    before += __syncthreads_count(e < experts.num_experts && __ldg(experts.expert_offsets + 1 + e) <= row);
+  }
+  return before;
 }
 
 /// A row's expert, and the byte where its scales begin.
 struct Place {
-  std::int64_t expert = 0, scales = 0;
+  int expert = 0;
+  std::int64_t scales = 0;
 };
 
 __device__ __forceinline__ std::int64_t group_scale_rows(const ExpertRowsRef& experts, ScaleLayout layout) {
@@ -129,47 +152,71 @@ __device__ __forceinline__ std::int64_t group_scale_rows(const ExpertRowsRef& ex
 
 /// `find` is called when the expert is needed and only a search tells.
 template <class Find>
-__device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const ScaleRef& scales,
-                                          bool expert_needed, std::int64_t row, Find&& find) {
+__device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const ScaleMap& map,
+                                          ScaleLayout layout, bool expert_needed, std::int64_t row,
+                                          Find&& find) {
   Place place;
-  std::int64_t base = 0, scale_row = row;
+  int base = 0, scale_row = static_cast<int>(row);
   if (experts.row_counts) {
-    place.expert = row / experts.group_rows;
-    if (is_swizzled(scales.layout)) {
-      base = place.expert * group_scale_rows(experts, scales.layout);
-      scale_row = row - place.expert * experts.group_rows;
+    place.expert = static_cast<int>(row / experts.group_rows);
+    if (is_swizzled(layout)) {
+      base = static_cast<int>(place.expert * group_scale_rows(experts, layout));
+      scale_row = static_cast<int>(row - place.expert * experts.group_rows);
     }
   } else if (experts.expert_offsets && (experts.scale_offsets || expert_needed)) {
     place.expert = find(experts, row);
     if (experts.scale_offsets) {
       base = __ldg(experts.scale_offsets + place.expert);
-      scale_row = row - __ldg(experts.expert_offsets + place.expert);
+      scale_row -= __ldg(experts.expert_offsets + place.expert);
     }
   }
-  place.scales = scale_byte(scales, base, scale_row, 0);
+  place.scales = map.of_row(base, scale_row);
   return place;
 }
 
-__device__ __forceinline__ Place place_of_warp_row(const QuantizeArgs& args, std::int64_t row) {
-  return place_of(args.experts, args.scales, args.global_scale_per_expert, row,
+/// For the row of the block.
+__device__ __forceinline__ Place place_of_block(const QuantizeArgs& args, std::int64_t row) {
+  return place_of(args.experts, args.map, args.scales.layout, args.global_scale_per_expert, row,
                   [&](const ExpertRowsRef& experts, std::int64_t r) {
                     return args.lookup == static_cast<int>(ExpertLookup::kCount) ? count_experts(experts, r)
                                                                                  : search_expert(experts, r);
                   });
 }
 
+/// Pairs of 16-bit elements, for the instructions that do two at once.
+template <class T>
+using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
 /// 16 elements as they are in memory: half the registers that floats would take for 16-bit types.
 template <class T>
 struct alignas(16) Unit {
   T values[kUnit];
 
-  __device__ __forceinline__ float operator[](int e) const { return dev::to_f32(values[e]); }
+  __device__ __forceinline__ float operator[](int e) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction on the word, not two on its half
+      const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(values)[e / 2];
+      return __uint_as_float(e % 2 ? word & 0xFFFF0000u : word << 16);
+    } else {
+      return dev::to_f32(values[e]);
+    }
+  }
+
+  /// Rounds elements e and e + 1, e even.
+  __device__ __forceinline__ void set_two(int e, float a, float b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      reinterpret_cast<__nv_bfloat162*>(values)[e / 2] = __floats2bfloat162_rn(a, b);
+    else if constexpr (std::is_same_v<T, __half>)
+      reinterpret_cast<__half2*>(values)[e / 2] = __floats2half2_rn(a, b);
+    else
+      values[e] = a, values[e + 1] = b;
+  }
 };
 
-/// 16 elements from `p`, of which the first `n` exist; the others are NaN, which no magnitude sees.
-template <class T>
+/// 16 elements from `p`, of which the first `n` exist; the others are NaN, which no magnitude sees. kWhole:
+/// all do.
+template <bool kWhole, class T>
 __device__ __forceinline__ void load_unit(const T* p, int n, bool aligned, Unit<T>& unit) {
-  if (aligned && n >= kUnit) {
+  if (kWhole || (aligned && n >= kUnit)) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof unit) / 16; ++i)
       reinterpret_cast<uint4*>(unit.values)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
@@ -186,7 +233,7 @@ __device__ __forceinline__ void activate_unit(const QuantizeArgs& args, const T*
                                               Unit<T>& unit) {
   const float absent = __uint_as_float(0x7FC00000u);
   if (args.order == GateOrder::kPlain) {
-    load_unit(x + column, n, args.x_aligned, unit);
+    load_unit<false>(x + column, n, args.x_aligned, unit);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e)
       unit.values[e] = dev::from_f32<T>(e < n ? activate_plain<kKind>(unit[e], args.activation) : absent);
@@ -195,8 +242,8 @@ __device__ __forceinline__ void activate_unit(const QuantizeArgs& args, const T*
   Unit<T> gate, up;
   if (args.order == GateOrder::kInterleaved) {
     Unit<T> pairs[2];
-    load_unit(x + 2 * column, 2 * n, args.x_aligned, pairs[0]);
-    load_unit(x + 2 * column + kUnit, 2 * n - kUnit, args.x_aligned, pairs[1]);
+    load_unit<false>(x + 2 * column, 2 * n, args.x_aligned, pairs[0]);
+    load_unit<false>(x + 2 * column + kUnit, 2 * n - kUnit, args.x_aligned, pairs[1]);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
       gate.values[e] = pairs[2 * e / kUnit].values[2 * e % kUnit];
@@ -204,8 +251,8 @@ __device__ __forceinline__ void activate_unit(const QuantizeArgs& args, const T*
     }
   } else {
     const bool gate_first = args.order == GateOrder::kGateUp;
-    load_unit(x + column + (gate_first ? 0 : args.cols), n, args.x_aligned, gate);
-    load_unit(x + column + (gate_first ? args.cols : 0), n, args.x_aligned, up);
+    load_unit<false>(x + column + (gate_first ? 0 : args.cols), n, args.x_aligned, gate);
+    load_unit<false>(x + column + (gate_first ? args.cols : 0), n, args.x_aligned, up);
   }
 #pragma unroll
   for (int e = 0; e < kUnit; ++e) {
@@ -234,14 +281,38 @@ __device__ __noinline__ void activate_unit_rarely(const QuantizeArgs& args, cons
   }
 }
 
-/// Columns [column, column + 16) of a source row, NaN from args.cols on.
-template <class T, bool kActivated>
+/// silu(gate) * up, which nothing clamps. The way for tails is there for whole units too: beside it their
+/// loads stand in a branch, from where the assembler cannot put some off behind the wait for the others.
+template <class T>
+__device__ __forceinline__ void silu_and_mul_unit(const QuantizeArgs& args, const T* x, int column, int n,
+                                                  Unit<T>& unit) {
+  const bool gate_first = args.order == GateOrder::kGateUp;
+  Unit<T> gate, up;
+  load_unit<false>(x + column + (gate_first ? 0 : args.cols), n, args.x_aligned, gate);
+  load_unit<false>(x + column + (gate_first ? args.cols : 0), n, args.x_aligned, up);
+#pragma unroll
+  for (int e = 0; e < kUnit; e += 2)
+    unit.set_two(e, dev::silu(gate[e]) * up[e], dev::silu(gate[e + 1]) * up[e + 1]);
+}
+
+/// What a kernel reads.
+enum class Source {
+  kRows,        // rows as they are
+  kSiluAndMul,  // silu of one half of a row times the other
+  kActivation,  // whatever args.kind, order and the numbers say
+};
+
+/// Columns [column, column + 16) of a source row, NaN from args.cols on (kWhole: some others of the row).
+template <class T, Source kSource, bool kWhole = false>
 __device__ __forceinline__ void load_source(const QuantizeArgs& args, std::int64_t row, int column,
                                             Unit<T>& unit) {
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const int n = args.cols - column;
-  if constexpr (!kActivated) {
-    load_unit(x + column, n, args.x_aligned, unit);
+  if constexpr (kSource == Source::kRows) {
+    if (kWhole && n <= 0) column = 0;
+    load_unit<kWhole>(x + column, n, args.x_aligned, unit);
+  } else if constexpr (kSource == Source::kSiluAndMul) {
+    silu_and_mul_unit(args, x, column, n, unit);
   } else if (args.kind == ActivationKind::kSilu) {
     activate_unit<T, ActivationKind::kSilu>(args, x, column, n, unit);
   } else if (args.kind == ActivationKind::kSwigluOai) {
@@ -253,24 +324,36 @@ __device__ __forceinline__ void load_source(const QuantizeArgs& args, std::int64
   }
 }
 
-/// Largest magnitude of a unit that is not NaN, NaN if there is none. `has_nan`: whether there is some.
+/// Largest magnitude of a unit, NaN where there is one.
 template <class T>
-__device__ __forceinline__ float unit_amax(const Unit<T>& unit, bool& has_nan) {
+__device__ __forceinline__ float amax_or_nan(const Unit<T>& unit) {
   if constexpr (sizeof(T) == 2) {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Two* pairs = reinterpret_cast<const Two*>(unit.values);
-    Two amax = __habs2(pairs[0]);
+    const auto* pairs = reinterpret_cast<const Two<T>*>(unit.values);
+    Two<T> amax = __habs2(pairs[0]);
 #pragma unroll
     for (int i = 1; i < kUnit / 2; ++i) amax = __hmax2_nan(amax, __habs2(pairs[i]));
-    const float a = dev::to_f32(amax.x), b = dev::to_f32(amax.y);
-    has_nan = !(a <= b || b <= a);
-    if (!has_nan) return fmaxf(a, b);
+    return dev::to_f32(__hmax_nan(amax.x, amax.y));
+  } else {
+    float amax = fabsf(unit[0]);
+#pragma unroll
+    for (int e = 1; e < kUnit; ++e) amax = dev::max_or_nan(amax, fabsf(unit[e]));
+    return amax;
   }
-  has_nan = true;  // or not looked for
+}
+
+/// The largest that is not NaN, NaN if there is none: what a scale is made from.
+template <class T>
+__device__ __forceinline__ float amax_beside_nan(const Unit<T>& unit) {
   float amax = fabsf(unit[0]);
 #pragma unroll
   for (int e = 1; e < kUnit; ++e) amax = fmaxf(amax, fabsf(unit[e]));
   return amax;
+}
+
+template <class T>
+__device__ __forceinline__ float unit_amax(const Unit<T>& unit) {
+  const float amax = amax_or_nan(unit);
+  return amax >= 0.0f ? amax : amax_beside_nan(unit);
 }
 
 __device__ __forceinline__ float reciprocal(float scale) {
@@ -287,12 +370,41 @@ struct BlockScale {
   float factor;
 };
 
+/// Of blocks that most are: no NaN, a magnitude far from the ends of f32, a positive factor, and for fp4
+/// products below 7 (mxfp4: 8) with the elements. False for the others, and for some that are like most.
+template <Encoding kEncoding>
+__device__ __forceinline__ bool tame_scale(const ScaleRule& rule, float amax, float global, float rcp_global,
+                                           bool f32_scales, BlockScale& scale) {
+  if constexpr (kEncoding == Encoding::kNvfp4) {
+    const std::uint32_t byte = dev::e4m3x2(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)), 0.0f);
+    const float d = __fmul_rn(dev::e4m3_value(byte), rcp_global);
+    scale = {byte, dev::reciprocal_of_normal(d)};
+    return d >= 0x1p-100f && d <= 0x1p100f && amax * scale.factor < 7.0f;
+  } else if (kEncoding == Encoding::kBlock128 && !rule.power_of_two) {
+    const float clamped = fminf(fmaxf(amax, rule.amax_floor), rule.amax_cap);
+    // The quotient by its remainder: right for every mantissa.
+    const float q = __fmul_rn(clamped, 1.0f / 448);
+    const float s = __fmaf_rn(__fmaf_rn(-448.0f, q, clamped), 1.0f / 448, q);
+    scale = {__float_as_uint(s), dev::reciprocal_of_normal(s)};
+    return amax >= 0.0f && clamped >= 0x1p-100f && clamped <= 0x1p100f;
+  } else {
+    if (kEncoding == Encoding::kBlock128) amax = fminf(dev::max_or_nan(amax, rule.amax_floor), rule.amax_cap);
+    const int e =
+        static_cast<int>((__float_as_uint(amax) + rule.exponent.carry) >> 23) - rule.exponent.offset;
+    const int byte = max(e, rule.exponent.lowest);
+    scale = {static_cast<std::uint32_t>(f32_scales ? byte << 23 : byte), __uint_as_float((254 - byte) << 23)};
+    // Exponents with which twice and half of the factor are normal numbers too. NaN and infinity have others.
+    return byte >= 2 && byte <= 240 && (kEncoding != Encoding::kMxfp4 || amax * scale.factor < 8.0f);
+  }
+}
+
+/// Of any block. `amax` is NaN if all of it is.
 template <Encoding kEncoding>
 __device__ __forceinline__ BlockScale block_scale(const ScaleRule& rule, float amax, float global,
                                                   float rcp_global, bool f32_scales) {
   if constexpr (kEncoding == Encoding::kNvfp4) {
     const std::uint32_t byte = dev::e4m3x2(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)), 0.0f) & 0xFFu;
-    const float s = numeric::e4m3_to_f32(static_cast<std::uint8_t>(byte));
+    const float s = dev::e4m3_value(byte);
     return {byte, s == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(s, rcp_global))};
   } else {
     constexpr bool kFp8 = kEncoding == Encoding::kBlock128 || kEncoding == Encoding::kToken;
@@ -312,47 +424,65 @@ struct Codes {
   std::uint32_t words[4];
 };
 
-/// `regular`: no element is NaN, nor are they times `factor`, which is not negative.
-template <bool kFp4, class T>
-__device__ __forceinline__ Codes encode_unit(const Unit<T>& unit, float factor, int n, bool regular) {
-  constexpr int kPerWord = kFp4 ? 8 : 4;
-  constexpr bool kByMagnitude = kFp4 && sizeof(T) == 2 && !MOECORE_HAS_E2M1_INSTRUCTION;
-  Codes codes{};
-  if (kByMagnitude && regular) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(unit.values);
+/// e2m1 codes of a unit without NaN whose scale is tame. A power of two keeps the elements' own format exact,
+/// and two of them go through at once; f16 has the factor's range only near 1.
+template <Encoding kEncoding, class T>
+__device__ __forceinline__ void encode_tame(const Unit<T>& unit, float factor, Codes& codes) {
+  const auto* words = reinterpret_cast<const std::uint32_t*>(unit.values);
+  const bool by_pairs = kEncoding == Encoding::kMxfp4 &&
+                        (std::is_same_v<T, __nv_bfloat16> || (factor >= 0x1p-13f && factor <= 0x1p14f));
 #pragma unroll
-    for (int i = 0; i < kUnit / 8; ++i) {
+  for (int i = 0; i < kUnit / 8; ++i) {
+    std::uint32_t magnitudes;
+    if (by_pairs) {
+      magnitudes = dev::e2m1_of_pairs(reinterpret_cast<const Two<T>*>(words + i * 4), factor);
+    } else {
       float a[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) a[e] = __fmul_rn(fabsf(unit[i * 8 + e]), factor);
-      codes.words[i] = dev::e2m1_magnitudes(a) | dev::nibble_signs(words + i * 4);
+      magnitudes = dev::e2m1_magnitudes<kEncoding == Encoding::kNvfp4>(a);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnit / kPerWord; ++i) {
-      float y[kPerWord];
-#pragma unroll
-      for (int e = 0; e < kPerWord; ++e) y[e] = __fmul_rn(unit[i * kPerWord + e], factor);
-      codes.words[i] = kFp4 ? dev::e2m1x8(y) : dev::e4m3x4(y);
-    }
+    codes.words[i] = magnitudes | dev::nibble_signs(words + i * 4);
   }
-  if (n < kUnit) {  // nothing behind column n
-#pragma unroll
-    for (int i = 0; i < kUnit / kPerWord; ++i) {
-      const int left = n - i * kPerWord;
-      if (left < kPerWord) codes.words[i] &= left <= 0 ? 0u : (1u << left * (32 / kPerWord)) - 1;
-    }
-  }
-  return codes;
 }
 
-/// Stores a unit to a row of the output, up to args.padded_cols.
+/// The codes of a unit, whatever it holds.
+template <Encoding kEncoding, class T>
+__device__ __forceinline__ void encode_any(const Unit<T>& unit, float factor, Codes& codes) {
+  constexpr bool kFp4 = is_fp4(kEncoding);
+  constexpr int kPerWord = kFp4 ? 8 : 4;
+#pragma unroll
+  for (int i = 0; i < kUnit / kPerWord; ++i) {
+    float y[kPerWord];
+#pragma unroll
+    for (int e = 0; e < kPerWord; ++e) y[e] = __fmul_rn(unit[i * kPerWord + e], factor);
+    codes.words[i] = kFp4 ? dev::e2m1x8(y) : dev::e4m3x4(y);
+  }
+}
+
+/// Whether the elements have a shorter way to their codes when their scale is tame.
+template <Encoding kEncoding, class T>
+constexpr bool has_tame_codes() {
+  return is_fp4(kEncoding) && sizeof(T) == 2 && !MOECORE_HAS_E2M1_INSTRUCTION;
+}
+
+/// Clears the codes behind column n.
 template <bool kFp4>
-__device__ __forceinline__ void store_unit(const QuantizeArgs& args, std::int64_t row, int column,
+__device__ __forceinline__ void clear_behind(int n, Codes& codes) {
+  constexpr int kPerWord = kFp4 ? 8 : 4;
+#pragma unroll
+  for (int i = 0; i < kUnit / kPerWord; ++i) {
+    const int left = n - i * kPerWord;
+    if (left < kPerWord) codes.words[i] &= left <= 0 ? 0u : (1u << left * (32 / kPerWord)) - 1;
+  }
+}
+
+/// Stores a unit to `to`, of which there are `n` columns up to args.padded_cols. kWhole: at least 16 or none.
+template <bool kFp4, bool kWhole = false>
+__device__ __forceinline__ void store_unit(const QuantizeArgs& args, std::uint8_t* to, int n,
                                            const Codes& codes) {
-  std::uint8_t* to = args.data + row * args.data_pitch + (kFp4 ? column / 2 : column);
-  const int n = args.padded_cols - column;
-  if (args.data_aligned && n >= kUnit) {
+  if (n <= 0) return;
+  if (kWhole || (args.data_aligned && n >= kUnit)) {
     if constexpr (kFp4)
       *reinterpret_cast<uint2*>(to) = make_uint2(codes.words[0], codes.words[1]);
     else
@@ -366,17 +496,16 @@ __device__ __forceinline__ void store_unit(const QuantizeArgs& args, std::int64_
     if (i < bytes) to[i] = static_cast<std::uint8_t>(codes.words[i / 4] >> i % 4 * 8);
 }
 
-/// `row` is where the row's scales begin.
-__device__ __forceinline__ void store_scale(const QuantizeArgs& args, std::int64_t row, int block,
+__device__ __forceinline__ void store_scale(const QuantizeArgs& args, std::int64_t at, bool word,
                                             std::uint32_t bits) {
-  std::byte* to = args.scales.data + row + args.steps.to(block);
-  if (args.scales.bytes == 4)
+  std::byte* to = args.scales.data + at;
+  if (word)
     *reinterpret_cast<std::uint32_t*>(to) = bits;
   else
     *to = static_cast<std::byte>(bits);
 }
 
-/// Launches the kernels on complete arguments. The instances are split over two sources, which compile side
+/// Launches the kernels on complete arguments. The instances are split over three sources, which compile side
 /// by side.
 struct QuantizeLaunch {
   Encoding encoding;
@@ -385,9 +514,11 @@ struct QuantizeLaunch {
   const DeviceInfo& device;
   cudaStream_t stream;
   QuantizeArgs args;
-  unsigned padding_blocks;
+  bool whole_units = false;
+  unsigned blocks = 0, row_parts = 1;
 };
 void launch_plain(const QuantizeLaunch& l);
+void launch_silu_and_mul(const QuantizeLaunch& l);
 void launch_activated(const QuantizeLaunch& l);
 
 /// Largest magnitude of a task's units, as the bits of an f32, into *amax or amax[expert], which hold zeros

@@ -6,11 +6,11 @@
 namespace moecore::cuda {
 
 void launch_activated(const QuantizeLaunch& l) {
-  launch_quantize<true>(l);
+  launch_quantize<Source::kActivation>(l);
 }
 
 void launch_amax_activated(const AmaxLaunch& l) {
-  launch_amax<true>(l);
+  launch_amax<Source::kActivation>(l);
 }
 
 }  // namespace moecore::cuda

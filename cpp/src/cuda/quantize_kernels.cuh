@@ -1,13 +1,16 @@
 #pragma once
 // The kernels of quantize; quantize.cuh has the words.
 //
-// quantize_tiles_kernel   formats whose scales cover at most 128 columns, and a known scale: a warp does
-//                         kUnroll tiles of one task, a block's blocks (of 1, 2 or 8 lanes) share their
-//                         magnitude by shuffles
+// quantize_tiles_kernel   formats whose scales cover at most 128 columns, and a known scale: block (b, c)
+// does
+//                         part c of some tasks, one after the other, a thread kUnroll units of it, blockDim.x
+//                         units apart. The 1, 2 or 8 lanes whose units share a scale find its magnitude by
+//                         shuffles.
 // quantize_rows_kernel    one scale a row: a block does one task, and holds the row in registers (kUnits
 // units
 //                         a thread) from the search for its magnitude to its codes; kUnits = 0 reads it again
-// amax_kernel             the largest magnitude of everything, or of every expert
+// amax_kernel             the largest magnitude of everything, or of every expert; a warp does 512 columns at
+//                         a time
 //
 // A task is a row of the output, or a token whose codes go to all its rows.
 
@@ -20,14 +23,7 @@ namespace moecore::cuda {
 namespace {
 
 constexpr unsigned kWarp = 0xFFFFFFFF;
-constexpr int kMaxTileThreads = 256;
-
-/// Blocks of kMaxTileThreads that registers must leave room for: the loads of many warps hide what a unit
-/// waits for.
-template <class T>
-constexpr int tile_blocks_per_sm(bool activated, int unroll) {
-  return sizeof(T) == 4 || activated ? 3 : unroll == 2 ? 4 : 6;
-}
+constexpr int kAmaxThreads = 256;
 
 /// Zeroes rows [begin, end) of words [word, word + kPaddingWords) of one swizzled block of scales.
 __device__ inline void zero_scale_rows(const ScaleRef& scales, std::int64_t base, std::int64_t begin,
@@ -84,90 +80,169 @@ __device__ inline void zero_padding(const ScaleRef& scales, const ExpertRowsRef&
   }
 }
 
-/// What a lane has made of its units of a task.
+/// What a thread has made of its units of a task.
 template <int kUnroll>
 struct Units {
   Codes codes[kUnroll];
   std::uint32_t scale[kUnroll];
 };
 
+/// Where a thread's units stand in every row.
 template <Encoding kEncoding, int kUnroll>
-__device__ __forceinline__ void store_units(const QuantizeArgs& args, const Units<kUnroll>& units, int first,
-                                            std::int64_t row, std::int64_t scales) {
-  constexpr int kLanes = units_of_block(kEncoding);
+struct Columns {
+  int first, step;
+  std::int64_t scale[kUnroll];  // bytes from where a row's scales begin, -1: another lane's, or none
+
+  __device__ __forceinline__ explicit Columns(const QuantizeArgs& args)
+      : first((static_cast<int>(blockIdx.y) * kUnroll * static_cast<int>(blockDim.x) +
+               static_cast<int>(threadIdx.x)) *
+              kUnit),
+        step(static_cast<int>(blockDim.x) * kUnit) {
+    constexpr int kLanes = units_of_block(kEncoding);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int block = (first + u * step) / (kUnit * kLanes);
+      const bool mine = threadIdx.x % kLanes == 0 && block < args.stored_blocks;
+      scale[u] = kEncoding != Encoding::kTensor && mine ? args.map.of_block(block) : -1;
+    }
+  }
+};
+
+template <Encoding kEncoding, bool kWhole, int kUnroll>
+__device__ __forceinline__ void store_units(const QuantizeArgs& args, const Units<kUnroll>& units,
+                                            const Columns<kEncoding, kUnroll>& columns, std::int64_t row,
+                                            std::int64_t scales) {
+  constexpr bool kFp4 = is_fp4(kEncoding);
+  const bool words = kEncoding == Encoding::kBlock128 && args.scales.bytes == 4;
+  std::uint8_t* to = args.data + row * args.data_pitch + columns.first / (kFp4 ? 2 : 1);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int column = first + u * kTile, block = column / (kUnit * kLanes);
-    store_unit<is_fp4(kEncoding)>(args, row, column, units.codes[u]);
-    if (kEncoding != Encoding::kTensor && threadIdx.x % kLanes == 0 && block < args.stored_blocks)
-      store_scale(args, scales, block, column < args.cols ? units.scale[u] : 0u);
+    const int offset = u * columns.step;
+    store_unit<kFp4, kWhole>(args, to + offset / (kFp4 ? 2 : 1), args.padded_cols - (columns.first + offset),
+                             units.codes[u]);
+    if (columns.scale[u] >= 0) store_scale(args, scales + columns.scale[u], words, units.scale[u]);
   }
 }
 
-template <class T, Encoding kEncoding, bool kActivated, int kUnroll>
-__global__ void __launch_bounds__(kMaxTileThreads)
-    quantize_tiles_kernel(const __grid_constant__ QuantizeArgs args) {
-  dev::wait_for_predecessor();
-  dev::release_successor();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const unsigned warps = blockDim.x / 32, warp_of_block = threadIdx.x / 32;
-  if (blockIdx.x >= args.tile_blocks) {
-    zero_padding(args.scales, args.experts, args.rows,
-                 static_cast<std::int64_t>(blockIdx.x - args.tile_blocks) * warps + warp_of_block);
-    return;
-  }
-  const unsigned warp = blockIdx.x * warps + warp_of_block;
-  const unsigned task = args.by_tiles.divide(warp);
-  const int first = static_cast<int>(warp - task * args.tiles) * kTile * kUnroll + lane * kUnit;
-  const bool by_token = args.slot_row != nullptr;
-  if (task >= args.num_tasks) return;
-  const std::int64_t num_rows = live_rows(args.experts, args.rows);
-  if (!by_token && (task >= num_rows || !row_is_live(args.experts, task))) return;
+/// nvfp4's factor of a tensor or expert.
+struct Global {
+  float value = 1.0f, reciprocal = 1.0f;
 
+  __device__ __forceinline__ void load(const float* from) {
+    value = *from;
+    reciprocal = __frcp_rn(value);
+  }
+};
+
+/// The codes and the scale of a unit, `n` of whose columns exist; the lanes of a block hold it together.
+template <Encoding kEncoding, bool kWhole, class T>
+__device__ __forceinline__ void quantize_unit(const QuantizeArgs& args, const Unit<T>& v, int n,
+                                              const Global& global, Codes& codes, std::uint32_t& bits) {
+  constexpr int kLanes = units_of_block(kEncoding);
+  auto over_block = [](float amax, unsigned lanes, auto&& larger) {
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2)
+      amax = larger(amax, __shfl_xor_sync(lanes, amax, distance));
+    return amax;
+  };
+  // Whole units that do not exist hold others of the row.
+  float amax = kWhole && n <= 0 ? 0.0f : amax_or_nan(v);
+  amax = over_block(amax, kWarp, [](float a, float b) { return dev::max_or_nan(a, b); });
+  BlockScale scale;
+  const bool f32_scales = args.scales.bytes == 4;
+  const bool tame =
+      tame_scale<kEncoding>(args.rule, amax, global.value, global.reciprocal, f32_scales, scale);
+  const unsigned others = kLanes > 1 ? __ballot_sync(kWarp, !tame) : 0u;  // blocks go one way as a whole
+  codes = Codes{};
+  if (tame) {
+    if constexpr (has_tame_codes<kEncoding, T>()) encode_tame<kEncoding>(v, scale.factor, codes);
+  } else {
+    amax = n > 0 ? amax_beside_nan(v) : __uint_as_float(0x7FC00000u);
+    amax = over_block(amax, others, [](float a, float b) { return fmaxf(a, b); });
+    scale = block_scale<kEncoding>(args.rule, amax, global.value, global.reciprocal, f32_scales);
+    if constexpr (has_tame_codes<kEncoding, T>()) encode_any<kEncoding>(v, scale.factor, codes);
+  }
+  if constexpr (!has_tame_codes<kEncoding, T>()) encode_any<kEncoding>(v, scale.factor, codes);
+  bits = n > 0 ? scale.bits : 0u;
+  if (kWhole ? n <= 0 : n < kUnit) clear_behind<is_fp4(kEncoding)>(n, codes);
+}
+
+/// One task: a row, or a token and all its rows.
+template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
+__device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
+                                              const Columns<kEncoding, kUnroll>& columns, Global global,
+                                              std::int64_t task, std::int64_t num_rows) {
+  const bool by_token = args.slot_row != nullptr;
   Unit<T> v[kUnroll];
   const std::int64_t source = args.row_token ? args.row_token[task] : task;
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) load_source<T, kActivated>(args, source, first + u * kTile, v[u]);
+  for (int u = 0; u < kUnroll; ++u)
+    load_source<T, kSource, kWhole>(args, source, columns.first + u * columns.step, v[u]);
 
   Place place;
-  float global = 1.0f, factor = 0.0f;
-  if (!by_token) place = place_of_warp_row(args, task);
-  if (kEncoding == Encoding::kNvfp4 && args.global_scale)
-    global = args.global_scale[args.global_scale_per_expert ? place.expert : 0];
-  const float rcp_global = kEncoding == Encoding::kNvfp4 ? __frcp_rn(global) : 1.0f;
-  if (kEncoding == Encoding::kTensor) factor = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
+  if (!by_token) place = place_of_block(args, task);
+  if (kEncoding == Encoding::kNvfp4 && args.global_scale_per_expert)
+    global.load(args.global_scale + place.expert);
 
   Units<kUnroll> units;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    bool has_nan = true;
-    if constexpr (kEncoding != Encoding::kTensor) {
-      float amax = unit_amax(v[u], has_nan);
-#pragma unroll
-      for (int distance = 1; distance < units_of_block(kEncoding); distance *= 2)
-        amax = fmaxf(amax, __shfl_xor_sync(kWarp, amax, distance));
-      const BlockScale scale =
-          block_scale<kEncoding>(args.rule, amax, global, rcp_global, args.scales.bytes == 4);
-      units.scale[u] = scale.bits;
-      factor = scale.factor;
+    const int n = args.cols - (columns.first + u * columns.step);
+    if constexpr (kEncoding == Encoding::kTensor) {
+      encode_any<kEncoding>(v[u], global.reciprocal, units.codes[u]);
+      if (n < kUnit) clear_behind<false>(n, units.codes[u]);
+    } else {
+      quantize_unit<kEncoding, kWhole>(args, v[u], n, global, units.codes[u], units.scale[u]);
     }
-    units.codes[u] = encode_unit<is_fp4(kEncoding)>(v[u], factor, args.cols - (first + u * kTile),
-                                                    !has_nan && factor <= std::numeric_limits<float>::max());
   }
 
-  if (!by_token) return store_units<kEncoding>(args, units, first, task, place.scales);
+  if (!by_token) return store_units<kEncoding, kWhole>(args, units, columns, task, place.scales);
   // Every lane finds the place of one of the token's rows; then all lanes write to each.
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int j = 0; j < args.top_k; j += 32) {
-    std::int64_t row =
-        j + lane < args.top_k ? args.slot_row[static_cast<std::int64_t>(task) * args.top_k + j + lane] : -1;
+    std::int64_t row = j + lane < args.top_k ? args.slot_row[task * args.top_k + j + lane] : -1;
     const bool live = row >= 0 && row < num_rows;
-    if (live) place = place_of(args.experts, args.scales, false, row, search_expert);
+    if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row, search_expert);
     for (unsigned left = __ballot_sync(kWarp, live); left != 0; left &= left - 1) {
       const int slot = __ffs(static_cast<int>(left)) - 1;
-      store_units<kEncoding>(args, units, first, __shfl_sync(kWarp, row, slot),
-                             __shfl_sync(kWarp, place.scales, slot));
+      store_units<kEncoding, kWhole>(args, units, columns, __shfl_sync(kWarp, row, slot),
+                                     __shfl_sync(kWarp, place.scales, slot));
     }
   }
+}
+
+/// Blocks of kMaxTileThreads that registers leave room for.
+template <class T>
+constexpr int tile_blocks_per_sm(bool whole, int unroll) {
+  return !whole || sizeof(T) == 4 ? 1 : unroll == 1 ? 5 : 4;
+}
+
+/// kWhole: rows of whole units, all of them aligned.
+template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
+__global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole, kUnroll))
+    quantize_tiles_kernel(const __grid_constant__ QuantizeArgs args) {
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  if (blockIdx.x < args.padding_blocks)
+    return zero_padding(
+        args.scales, args.experts, args.rows,
+        (std::int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32);
+  const Columns<kEncoding, kUnroll> columns(args);
+  const std::int64_t num_rows = live_rows(args.experts, args.rows);
+  const std::int64_t num_tasks = args.slot_row ? args.num_tasks : num_rows;
+  const std::int64_t begin =
+      static_cast<std::int64_t>(blockIdx.x - args.padding_blocks) * args.tasks_of_block;
+  const std::int64_t end = min(begin + args.tasks_of_block, num_tasks);
+  if (begin >= end) return;
+  Global global;
+  if (kEncoding == Encoding::kNvfp4 && args.global_scale && !args.global_scale_per_expert)
+    global.load(args.global_scale);
+  if (kEncoding == Encoding::kTensor)
+    global.reciprocal = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
+#pragma unroll 1
+  for (std::int64_t task = begin; task < end; ++task)
+    if (args.slot_row || row_is_live(args.experts, task))
+      quantize_task<T, kEncoding, kSource, kWhole>(args, columns, global, task, num_rows);
 }
 
 /// The largest of one value of every thread of the block, none negative, as bits.
@@ -185,7 +260,7 @@ __device__ __forceinline__ std::uint32_t magnitude_bits(float amax) {
   return amax >= 0.0f ? __float_as_uint(amax) : 0u;
 }
 
-template <class T, bool kActivated, int kUnits>
+template <class T, Source kSource, int kUnits>
 __global__ void __launch_bounds__(kRowThreads)
     quantize_rows_kernel(const __grid_constant__ QuantizeArgs args) {
   dev::wait_for_predecessor();
@@ -200,16 +275,15 @@ __global__ void __launch_bounds__(kRowThreads)
   constexpr int kHeld = kUnits > 0 ? kUnits : 1;
   Unit<T> v[kHeld];
   float amax = 0.0f;
-  bool has_nan;  // not of interest: e4m3 has a code for it
   if constexpr (kUnits > 0) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) load_source<T, kActivated>(args, source, first + u * step, v[u]);
+    for (int u = 0; u < kUnits; ++u) load_source<T, kSource>(args, source, first + u * step, v[u]);
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) amax = fmaxf(amax, unit_amax(v[u], has_nan));
+    for (int u = 0; u < kUnits; ++u) amax = fmaxf(amax, unit_amax(v[u]));
   } else {
     for (int column = first; column < args.cols; column += step) {
-      load_source<T, kActivated>(args, source, column, v[0]);
-      amax = fmaxf(amax, unit_amax(v[0], has_nan));
+      load_source<T, kSource>(args, source, column, v[0]);
+      amax = fmaxf(amax, unit_amax(v[0]));
     }
   }
   const BlockScale scale = block_scale<Encoding::kToken>(
@@ -223,26 +297,32 @@ __global__ void __launch_bounds__(kRowThreads)
         write(row);
   };
   auto encode = [&](const Unit<T>& values, int column) {
-    const Codes codes = encode_unit<false>(values, scale.factor, args.cols - column, false);
-    for_rows([&](std::int64_t row) { store_unit<false>(args, row, column, codes); });
+    const int n = args.padded_cols - column;
+    if (n <= 0) return;
+    Codes codes;
+    encode_any<Encoding::kToken>(values, scale.factor, codes);
+    if (column + kUnit > args.cols) clear_behind<false>(args.cols - column, codes);
+    for_rows([&](std::int64_t row) {
+      store_unit<false>(args, args.data + row * args.data_pitch + column, n, codes);
+    });
   };
   if constexpr (kUnits > 0) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) encode(v[u], first + u * step);
   } else {
     for (int column = first; column < args.padded_cols; column += step) {
-      load_source<T, kActivated>(args, source, column, v[0]);
+      load_source<T, kSource>(args, source, column, v[0]);
       encode(v[0], column);
     }
   }
   if (threadIdx.x == 0)
-    for_rows([&](std::int64_t row) { store_scale(args, row * args.scales.pitch, 0, scale.bits); });
+    for_rows([&](std::int64_t row) { store_scale(args, row * args.scales.pitch, true, scale.bits); });
 }
 
 /// Warp w takes the tiles from w * share on, and hands in its maximum where the expert changes and at the
 /// end.
-template <class T, bool kActivated>
-__global__ void __launch_bounds__(kMaxTileThreads)
+template <class T, Source kSource>
+__global__ void __launch_bounds__(kAmaxThreads)
     amax_kernel(const __grid_constant__ QuantizeArgs args, std::uint32_t* amax, bool per_expert,
                 unsigned share) {
   dev::wait_for_predecessor();
@@ -268,36 +348,43 @@ __global__ void __launch_bounds__(kMaxTileThreads)
       expert = next;
     }
     Unit<T> v;
-    bool has_nan;
-    load_source<T, kActivated>(
+    load_source<T, kSource>(
         args, row, static_cast<int>(tile - std::int64_t{row} * args.tiles) * kTile + lane * kUnit, v);
-    most = fmaxf(most, unit_amax(v, has_nan));
+    most = fmaxf(most, unit_amax(v));
   }
   hand_in();
 }
 
-template <class T, bool kActivated>
+template <class T, Source kSource>
+void launch_rows(const QuantizeLaunch& l, LaunchConfig config) {
+  config.grid = dim3(static_cast<unsigned>(l.args.num_tasks));
+  switch (l.policy.unroll) {
+    case 1:
+      return launch("quantize", l.device, config, quantize_rows_kernel<T, kSource, 1>, l.args);
+    case 2:
+      return launch("quantize", l.device, config, quantize_rows_kernel<T, kSource, 2>, l.args);
+    case 4:
+      return launch("quantize", l.device, config, quantize_rows_kernel<T, kSource, 4>, l.args);
+    default:
+      return launch("quantize", l.device, config, quantize_rows_kernel<T, kSource, 0>, l.args);
+  }
+}
+
+template <class T, Source kSource>
 void launch_quantize(const QuantizeLaunch& l) {
   LaunchConfig config{.block = dim3(l.policy.threads), .stream = l.stream, .dependent = true};
-  if (l.encoding == Encoding::kToken) {
-    config.grid = dim3(static_cast<unsigned>(l.args.num_tasks));
-    switch (l.policy.unroll) {
-      case 1:
-        return launch("quantize", l.device, config, quantize_rows_kernel<T, kActivated, 1>, l.args);
-      case 2:
-        return launch("quantize", l.device, config, quantize_rows_kernel<T, kActivated, 2>, l.args);
-      case 4:
-        return launch("quantize", l.device, config, quantize_rows_kernel<T, kActivated, 4>, l.args);
-      default:
-        return launch("quantize", l.device, config, quantize_rows_kernel<T, kActivated, 0>, l.args);
-    }
-  }
-  config.grid = dim3(l.args.tile_blocks + l.padding_blocks);
+  if (l.encoding == Encoding::kToken) return launch_rows<T, kSource>(l, config);
+  config.grid = dim3(l.blocks, l.row_parts);
   auto run = [&]<Encoding kEncoding>() {
-    if constexpr (!kActivated)
+    if constexpr (kSource == Source::kRows)
       if (l.policy.unroll == 2)
-        return launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, false, 2>, l.args);
-    launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kActivated, 1>, l.args);
+        return launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, true, 2>,
+                      l.args);
+    if constexpr (kSource != Source::kActivation)
+      if (l.whole_units)
+        return launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, true, 1>,
+                      l.args);
+    launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, false, 1>, l.args);
   };
   switch (l.encoding) {
     case Encoding::kTensor:
@@ -313,24 +400,24 @@ void launch_quantize(const QuantizeLaunch& l) {
   }
 }
 
-template <bool kActivated>
+template <Source kSource>
 void launch_quantize(const QuantizeLaunch& l) {
-  visit_instance(QuantizeTypes{}, l.dtype, [&]<DType D>() { launch_quantize<cuda_t<D>, kActivated>(l); });
+  visit_instance(QuantizeTypes{}, l.dtype, [&]<DType D>() { launch_quantize<cuda_t<D>, kSource>(l); });
 }
 
-template <bool kActivated>
+template <Source kSource>
 void launch_amax(const AmaxLaunch& l) {
   const std::int64_t tiles = l.args.rows * l.args.tiles;
   if (tiles == 0) return;
-  constexpr int kThreads = 256, kWarpsPerBlock = kThreads / 32, kBlocksPerSm = 6;
+  constexpr int kWarpsPerBlock = kAmaxThreads / 32, kBlocksPerSm = 6;
   const std::int64_t warps = static_cast<std::int64_t>(l.device.num_sms) * kBlocksPerSm * kWarpsPerBlock;
   const std::int64_t share = (tiles + warps - 1) / warps, used = (tiles + share - 1) / share;
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>((used + kWarpsPerBlock - 1) / kWarpsPerBlock)),
-                            .block = dim3(kThreads),
+                            .block = dim3(kAmaxThreads),
                             .stream = l.stream,
                             .dependent = true};
   visit_instance(QuantizeTypes{}, l.dtype, [&]<DType D>() {
-    launch("quantize", l.device, config, amax_kernel<cuda_t<D>, kActivated>, l.args, l.amax, l.per_expert,
+    launch("quantize", l.device, config, amax_kernel<cuda_t<D>, kSource>, l.args, l.amax, l.per_expert,
            static_cast<unsigned>(share));
   });
 }

@@ -5,11 +5,11 @@
 namespace moecore::cuda {
 
 void launch_plain(const QuantizeLaunch& l) {
-  launch_quantize<false>(l);
+  launch_quantize<Source::kRows>(l);
 }
 
 void launch_amax_plain(const AmaxLaunch& l) {
-  launch_amax<false>(l);
+  launch_amax<Source::kRows>(l);
 }
 
 }  // namespace moecore::cuda

@@ -2,6 +2,7 @@
 // How quantize is launched, as a function of the problem's sizes and the device's.
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "ops/quantize.h"
@@ -12,29 +13,84 @@ namespace moecore::cuda {
 inline constexpr int kUnit = 16;
 inline constexpr int kTile = 32 * kUnit;
 
+/// Threads of a block that quantises part of a row, at most.
+inline constexpr int kMaxTileThreads = 256;
+
 /// Longest row that a block keeps in registers while it looks for the largest magnitude.
 inline constexpr int kRowThreads = 512;
 inline constexpr int kMaxRowUnits = 4;
 
-/// How a warp finds the expert of its row.
+/// How a block finds the expert of its row.
 enum class ExpertLookup : int {
-  kCount,   // every lane counts the experts that end before the row: all loads at once
+  kCount,   // its threads count the experts that end before the row: all loads at once
   kSearch,  // binary search: fewer loads, one after the other
 };
 
 struct QuantizePolicy {
-  int threads = 128;  // of a block: warps that work on tiles of their own; whole rows: of the row's block
-  int unroll =
-      1;  // tiles of a warp, one behind the other in the row; whole rows: units of a thread, 0 = reread
-  int lookup = 0;  // ExpertLookup
+  int threads = 128;  // of a block
+  int unroll = 1;     // units of a thread; whole rows: 0 = read again
+  int tasks = 1;      // of a block, one after the other
+  int lookup = 0;     // ExpertLookup
 };
 
 inline bool whole_rows(const QuantFormat& f) {
   return f.kind == QuantKind::kFp8 && f.granularity == Granularity::kToken;
 }
 
+/// Blocks of a row whose scales are stored: with scales in words, up to the end of the last word.
+inline std::int64_t stored_blocks(const ScaleRef& s) {
+  const bool words = s.bytes == 1 && s.layout != ScaleLayout::kLinear;
+  return words ? s.words() * kScaleWord : s.cols;
+}
+
+/// Columns that the threads of a row cover: its data, and its scales up to the last that is stored.
+inline std::int64_t columns_of_row(const QuantizeProblem& p) {
+  return std::max(p.padded_cols, stored_blocks(p.scales) * p.format.block());
+}
+
+/// Blocks for one row.
+inline std::int64_t row_parts(const QuantizePolicy& policy, std::int64_t columns) {
+  const std::int64_t width = static_cast<std::int64_t>(policy.threads) * policy.unroll * kUnit;
+  return std::max<std::int64_t>(1, (columns + width - 1) / width);
+}
+
+/// A task is a token, whose codes go to all its rows.
+inline bool quantizes_tokens(const QuantizeProblem& p) {
+  return p.slot_row && !p.global_scale_per_expert;
+}
+
+inline bool aligned(const void* data, std::int64_t pitch_bytes, std::int64_t rows, int bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % static_cast<unsigned>(bytes) == 0 &&
+         (rows <= 1 || pitch_bytes % bytes == 0);
+}
+
+/// Every unit starts where 16 bytes may be read, in both halves of a row with gates and ups.
+inline bool source_is_aligned(const QuantizeProblem& p) {
+  const std::int64_t element = bit_width(p.dtype) / 8;
+  const bool halves = p.activation && p.activation->order != GateOrder::kPlain &&
+                      p.activation->order != GateOrder::kInterleaved;
+  return aligned(p.x, p.x_stride * element, p.rows, 16) && (!halves || p.cols * element % 16 == 0);
+}
+
+/// ... and where 16 codes may be written at once.
+inline bool data_is_aligned(const QuantizeProblem& p) {
+  return aligned(p.data, p.data_pitch, p.out_rows, p.format.data_dtype() == DType::kE2M1 ? 8 : 16);
+}
+
+/// Nothing but aligned units of 16 columns, for which there are kernels without tails.
+inline bool whole_units(const QuantizeProblem& p) {
+  return p.cols > 0 && p.cols % kUnit == 0 && p.padded_cols % kUnit == 0 && source_is_aligned(p) &&
+         data_is_aligned(p);
+}
+
+/// An activation reads twice the bytes, so that one unit a thread suffices.
+inline bool may_unroll(const QuantizeProblem& p) {
+  return whole_units(p) && !p.activation;
+}
+
 inline QuantizePolicy select_quantize_policy(const QuantizeProblem& p, int num_sms) {
   QuantizePolicy policy;
+  auto warps = [](std::int64_t units) { return std::max<std::int64_t>(1, (units + 31) / 32) * 32; };
   if (whole_rows(p.format)) {
     const std::int64_t units = std::max<std::int64_t>(1, (p.padded_cols + kUnit - 1) / kUnit);
     // Two units a thread once rows alone fill the SMs: half the threads to synchronise, the same bytes in
@@ -44,17 +100,26 @@ inline QuantizePolicy select_quantize_policy(const QuantizeProblem& p, int num_s
       policy.unroll *= 2;
     if (policy.unroll > kMaxRowUnits) policy.unroll = 0;
     const std::int64_t per_thread = std::max(1, policy.unroll);
-    policy.threads = static_cast<int>(
-        std::clamp<std::int64_t>(((units + per_thread - 1) / per_thread + 31) / 32 * 32, 32, kRowThreads));
+    policy.threads =
+        static_cast<int>(std::min<std::int64_t>(warps((units + per_thread - 1) / per_thread), kRowThreads));
     return policy;
   }
-  const std::int64_t rows = p.slot_row && !p.global_scale_per_expert ? p.rows : p.out_rows;
-  const std::int64_t tiles = rows * ((p.padded_cols + kTile - 1) / kTile);
-  // Two tiles a warp once every SM has enough of them (0.88 of the time at 8192 x 7168, 1.15 at 16 rows);
-  // with an activation, which reads twice the bytes, one. Narrow blocks where they are few.
-  const bool many = tiles >= static_cast<std::int64_t>(num_sms) * 32;
-  policy.unroll = !p.activation && many ? 2 : 1;
+  const std::int64_t rows = quantizes_tokens(p) ? p.rows : p.out_rows;
+  const std::int64_t units = (columns_of_row(p) + kUnit - 1) / kUnit;
+  // Two units a thread once every SM has enough of them. Of the widths of a block the first that leaves the
+  // fewest threads without work; narrow blocks where they are few.
+  const bool many = rows * units >= static_cast<std::int64_t>(num_sms) * 32 * 32;
+  policy.unroll = may_unroll(p) && many ? 2 : 1;
+  const std::int64_t per_row = (units + policy.unroll - 1) / policy.unroll;
+  auto idle = [&](int threads) { return (per_row + threads - 1) / threads * threads - per_row; };
   policy.threads = many ? 128 : 64;
+  if (many)
+    for (int threads : {64, 96, 160, 192, 224, 256})
+      if (idle(threads) < idle(policy.threads)) policy.threads = threads;
+  // Several rows a block once that leaves enough blocks: what is the same for all rows is worked out once.
+  const std::int64_t resident = rows * warps(per_row) / 32 / (static_cast<std::int64_t>(num_sms) * 30);
+  policy.tasks =
+      static_cast<int>(std::bit_floor(static_cast<std::uint64_t>(std::clamp<std::int64_t>(resident, 1, 4))));
   policy.lookup =
       static_cast<int>(p.experts.num_experts <= 512 ? ExpertLookup::kCount : ExpertLookup::kSearch);
   return policy;

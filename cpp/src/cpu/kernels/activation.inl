@@ -14,7 +14,9 @@ MOECORE_INLINE Vec activation_function(Vec x, Vec alpha) {
 
 template <ActivationKind kind, bool gated>
 void activate_buffer(const Activation& a, const float* gate, const float* up, float* out, std::int64_t n) {
-  const Vec alpha = set(a.alpha), beta = set(a.beta), limit = set(a.limit), minus_limit = set(-a.limit);
+  // Adding -0 changes nothing, adding +0 the sign of a zero; engines may leave out what changes nothing.
+  const Vec alpha = set(a.alpha), beta = set(a.beta == 0.0f ? -0.0f : a.beta);
+  const Vec limit = set(a.limit), minus_limit = set(-a.limit);
   for (std::int64_t i = 0; i < n; i += W) {
     Vec y = activation_function<kind>(min(limit, load(gate + i)), alpha);
     if constexpr (gated) y = y * (min(limit, max(minus_limit, load(up + i))) + beta);

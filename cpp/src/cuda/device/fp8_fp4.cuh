@@ -5,9 +5,11 @@
 //   e4m3  to nearest even, saturating, NaN = 0x7F   instruction from sm_89 on
 //   e2m1  to nearest even, saturating, NaN = 0x7    instruction on sm_100a, sm_120a and their families
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace moecore::cuda::dev {
 
@@ -97,21 +99,62 @@ __device__ __forceinline__ std::uint32_t e2m1x8(const float* y) {
 #endif
 }
 
-/// The eight codes of magnitudes, none NaN, without signs: 4 sat(a / 2) + 2 sat(a / 2 - 1) + sat(a / 2 - 2),
-/// each step exact but for the one that lands between integers of 2^23. Saturation comes free with a
-/// multiply-add, where a minimum takes a slot of the half-rate pipe.
+/// The value of an e4m3 code without sign.
+__device__ __forceinline__ float e4m3_value(std::uint32_t code) {
+#if __CUDA_ARCH__ >= 890
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<std::uint16_t>(code)));
+  return __half2float(__ushort_as_half(static_cast<std::uint16_t>(halves)));
+#else
+  const std::uint32_t magnitude = code & 0x7Fu;
+  const float normal = __uint_as_float((magnitude << 20) + (120u << 23));
+  const float small = static_cast<float>(magnitude) * 0x1p-9f;
+  return magnitude == 0x7Fu ? __uint_as_float(0x7FC00000u) : magnitude < 8u ? small : normal;
+#endif
+}
+
+/// The eight codes of magnitudes below 8, without signs: the lines of e2m1x8, whose sums are ordered like
+/// integers. Below 7 there is nothing to saturate.
+template <bool kBelow7>
 __device__ __forceinline__ std::uint32_t e2m1_magnitudes(const float* a) {
   constexpr float kOne = 8388608.0f;
   std::uint32_t codes = 0;
 #pragma unroll
   for (int i = 7; i >= 0; --i) {
-    const float low = __saturatef(__fmul_rn(a[i], 0.5f));
-    const float mid = __saturatef(__fmaf_rn(a[i], 0.5f, -1.0f));
-    const float high = __saturatef(__fmaf_rn(a[i], 0.5f, -2.0f));
-    const float sum = __fadd_rn(__fmaf_rn(mid, 2.0f, __fmaf_rn(low, 4.0f, kOne)), high);
-    codes = codes * 16 + __float_as_uint(sum);
+    const int low = __float_as_int(__fmaf_rn(a[i], 2.0f, kOne));
+    const int mid = __float_as_int(__fadd_rn(a[i], kOne + 2.0f));
+    const int high = __float_as_int(__fmaf_rn(a[i], 0.5f, kOne + 4.0f));
+    const int least = __vimin3_s32(low, mid, high);
+    codes = codes * 16 + static_cast<std::uint32_t>(kBelow7 ? least : min(least, 0x4B000007));
   }
   return codes - 0xFB000000u;  // eight exponents of 2^23, modulo 2^32
+}
+
+/// The same for the magnitudes of eight 16-bit elements times a power of two, saturating, for products below
+/// 8: the lines in the elements' own format, around the number from which on its values are one apart.
+template <class Two>
+__device__ __forceinline__ std::uint32_t e2m1_of_pairs(const Two* x, float factor) {
+  constexpr bool kHalf = std::is_same_v<Two, __half2>;
+  constexpr float kOne = kHalf ? 1024.0f : 128.0f;
+  auto both = [](float value) {
+    if constexpr (kHalf)
+      return __float2half2_rn(value);
+    else
+      return __float2bfloat162_rn(value);
+  };
+  const Two f2 = both(factor * 2.0f), f1 = both(factor), fh = both(factor * 0.5f);
+  std::uint32_t sums[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Two a = __habs2(x[i]);
+    const Two low = __hfma2(a, f2, both(kOne)), mid = __hfma2(a, f1, both(kOne + 2.0f));
+    const Two high = __hfma2(a, fh, both(kOne + 4.0f));
+    const Two least = __hmin2(__hmin2(__hmin2(low, mid), high), both(kOne + 7.0f));
+    sums[i] = *reinterpret_cast<const std::uint32_t*>(&least);
+  }
+  // The low byte of each sum is a code: even columns and odd ones, each in order.
+  const std::uint32_t p = __byte_perm(sums[0], sums[1], 0x6240), q = __byte_perm(sums[2], sums[3], 0x6240);
+  return __byte_perm(p, q, 0x5410) + __byte_perm(p, q, 0x7632) * 16u;
 }
 
 /// The signs of eight 16-bit elements in four words, each in the highest bit of its element's nibble.

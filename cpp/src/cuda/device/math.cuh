@@ -13,6 +13,18 @@ __device__ __forceinline__ float max_or_second(float a, float b) {
   return a > b ? a : b;
 }
 
+/// NaN if either is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
 /// A number in two factors, `scale` a power of two: a product below 2^-126 is rounded once.
 struct Scaled {
   float value, scale;
@@ -61,10 +73,27 @@ __device__ __forceinline__ float sigmoid(float x) {
   return divide_by_one_plus(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
-/// x / (1 + e^-y), from e^-|y| and the sign of y.
-__device__ __forceinline__ float times_sigmoid(float x, bool y_is_negative, Scaled e) {
-  const float numerator = x * (y_is_negative ? e.value : 1.0f) * (y_is_negative ? e.scale : 1.0f);
-  return numerator / (1.0f + e.product());
+/// 1 / d for normal d, rounded once; 0 where that is below 2^-126. What the compiler makes of __frcp_rn,
+/// without its range checks.
+__device__ __forceinline__ float reciprocal_of_normal(float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  return __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+}
+
+/// 1 / (1 + e^-(y + y_lo)), 0 where that is below 2^-126; y_lo is what rounding y left over.
+__device__ __forceinline__ float logistic(float y, float y_lo) {
+  const float x = fminf(88.5f, fmaxf(-60.0f, -y));
+  constexpr float kMagic = 12582912.0f;
+  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
+  const float r = __fmaf_rn(n, -0x1.62e430p-1f, x) - y_lo;
+  float p = 0.00829027221f;
+  p = __fmaf_rn(p, r, 0.0418981612f);
+  p = __fmaf_rn(p, r, 0.166676387f);
+  p = __fmaf_rn(p, r, 0.499991477f);
+  p = __fmaf_rn(p, r, 0.999999702f);
+  p = __fmaf_rn(p, r, 1.0f);
+  return reciprocal_of_normal(1.0f + __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23)));
 }
 
 /// e^-(t + t_lo), where t_lo is what rounding t left over.
@@ -75,15 +104,14 @@ __device__ __forceinline__ Scaled exp_minus(float t, float t_lo) {
 
 /// x / (1 + e^-x).
 __device__ __forceinline__ float silu(float x) {
-  return times_sigmoid(x, x < 0.0f, scaled_exp(-fabsf(x)));
+  return x * logistic(x, 0.0f);
 }
 
 /// x / (1 + e^(-alpha x)).
 __device__ __forceinline__ float swish(float x, float alpha) {
-  const float a = fabsf(alpha), t = a * fabsf(x);
-  // Beyond 110 the exponential is 0, and the remainder of an overflowed product would be infinite.
-  const float t_lo = t < 110.0f ? __fmaf_rn(a, fabsf(x), -t) : 0.0f;
-  return times_sigmoid(x, alpha * x < 0.0f, exp_minus(t, t_lo));
+  const float y = alpha * x;
+  // Beyond 110 the logistic is 0 or 1, and the remainder of an overflowed product would be infinite.
+  return x * logistic(y, fabsf(y) < 110.0f ? __fmaf_rn(alpha, x, -y) : 0.0f);
 }
 
 /// x * Phi(x).
@@ -120,7 +148,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   const float large = max_or_second(c0, cubic), small = min_or_second(c0, cubic), p = large + small;
   const float p_lo = (small - (p - large)) + (c0_lo + cubic_lo);
   const float y = t * p, y_lo = __fmaf_rn(t, p_lo, __fmaf_rn(t, p, -y));
-  return times_sigmoid(x, x < 0.0f, exp_minus(y, y_lo));
+  return x * logistic(x < 0.0f ? -y : y, x < 0.0f ? -y_lo : y_lo);
 }
 
 }  // namespace moecore::cuda::dev
