@@ -12,6 +12,7 @@
 #include "cuda/permute_policy.h"
 #include "cuda/plan_policy.h"
 #include "cuda/policy_override.h"
+#include "cuda/quantize_policy.h"
 #include "cuda/route_plan_policy.h"
 #include "cuda/route_policy.h"
 
@@ -200,6 +201,95 @@ TEST(PolicyActivate, StaysWithinTheHardware) {
                 ASSERT_EQ(inter * bit_width(dtype) / 8 % 16, 0) << "a tail that vectors do not reach";
               }
             }
+}
+
+TEST(PolicyQuantize, BlocksCoverEveryRowAndItsScales) {
+  const QuantFormat formats[] = {QuantFormat::fp8_tensor_static(), QuantFormat::fp8_token(),
+                                 QuantFormat::fp8_block128(),      QuantFormat::nvfp4(),
+                                 QuantFormat::mxfp8(),             QuantFormat::mxfp4()};
+  for (int sms : kSmCounts)
+    for (std::int64_t rows : kCounts)
+      for (std::int64_t cols : kWidths)
+        for (const QuantFormat& format : formats)
+          for (std::uintptr_t alignment : {16, 2})
+            for (bool activated : {false, true}) {
+              SCOPED_TRACE(::testing::Message()
+                           << sms << " SMs R=" << rows << " H=" << cols << " at " << alignment << " format "
+                           << static_cast<int>(format.kind) << " activated " << activated);
+              QuantizeProblem p;
+              p.format = format;
+              p.dtype = DType::kBF16;
+              p.x = address(alignment);
+              p.data = static_cast<std::uint8_t*>(address(alignment));
+              p.x_stride = 2 * cols;
+              p.rows = p.out_rows = rows;
+              p.cols = p.data_pitch = cols;
+              p.padded_cols = (cols + 1) / 2 * 2;
+              if (activated) p.activation = Activation{};
+              p.scales.layout = format.layout;
+              p.scales.bytes = format.scale_dtype() == DType::kF32 ? 4 : 1;
+              if (format.block() > 0) p.scales.cols = (p.padded_cols + format.block() - 1) / format.block();
+              const cuda::QuantizePolicy policy = cuda::select_quantize_policy(p, sms);
+              ASSERT_GE(policy.threads, 32);
+              ASSERT_EQ(policy.threads % 32, 0);
+              ASSERT_TRUE(policy.tasks == 1 || policy.tasks == 2 || policy.tasks == 4);
+              const std::int64_t units = (p.padded_cols + cuda::kUnit - 1) / cuda::kUnit;
+              if (cuda::whole_rows(format)) {
+                ASSERT_LE(policy.threads, cuda::kRowThreads);
+                if (policy.unroll > 0) {
+                  ASSERT_LE(policy.unroll, cuda::kMaxRowUnits);
+                  ASSERT_GE(static_cast<std::int64_t>(policy.threads) * policy.unroll, units);
+                }
+                continue;
+              }
+              ASSERT_LE(policy.threads, cuda::kMaxTileThreads);
+              ASSERT_TRUE(policy.unroll == 1 || policy.unroll == 2);
+              if (policy.unroll == 2) {
+                ASSERT_TRUE(cuda::whole_units(p)) << "two units a thread have no way for tails";
+              }
+              const std::int64_t width =
+                  static_cast<std::int64_t>(policy.threads) * policy.unroll * cuda::kUnit;
+              const std::int64_t parts = cuda::row_parts(policy, cuda::columns_of_row(p));
+              ASSERT_LE(parts, kMaxGridY);
+              ASSERT_GE(parts * width, p.padded_cols);
+              ASSERT_GE(parts * width, cuda::stored_blocks(p.scales) * format.block());
+              ASSERT_LT((parts - 1) * width, std::max<std::int64_t>(1, cuda::columns_of_row(p)));
+            }
+}
+
+TEST(PolicyQuantize, WholeUnitsNeedAlignmentAndNoTail) {
+  QuantizeProblem p;
+  p.format = QuantFormat::fp8_block128();
+  p.dtype = DType::kBF16;
+  p.x = address(16);
+  p.data = static_cast<std::uint8_t*>(address(16));
+  p.rows = p.out_rows = 2;
+  p.cols = p.padded_cols = p.data_pitch = 48;
+  p.x_stride = 48;
+  EXPECT_TRUE(cuda::whole_units(p));
+  QuantizeProblem q = p;
+  q.x = address(2);
+  EXPECT_FALSE(cuda::whole_units(q));
+  q = p;
+  q.data_pitch = 56;
+  EXPECT_FALSE(cuda::whole_units(q));
+  q = p;
+  q.cols = 47;
+  EXPECT_FALSE(cuda::whole_units(q));
+  q = p;
+  q.padded_cols = 50;
+  EXPECT_FALSE(cuda::whole_units(q));
+  q = p;
+  q.x_stride = 52;
+  EXPECT_FALSE(cuda::whole_units(q));
+  q = p;
+  q.cols = q.padded_cols = 0;
+  EXPECT_FALSE(cuda::whole_units(q));
+  // f16 halves that begin 8 bytes behind a vector's start.
+  q = p;
+  q.activation = Activation{};
+  q.cols = 44;
+  EXPECT_FALSE(cuda::source_is_aligned(q));
 }
 
 TEST(PolicyOverride, ReplacesNamedFieldsAndRefusesOthers) {
