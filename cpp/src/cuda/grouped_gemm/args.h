@@ -68,7 +68,8 @@ struct GroupedGemmArgs {
   const std::int32_t* expert_offsets = nullptr;  // [E+1]
   bool offsets_settled = false;                  // before the kernel that precedes this one began
   int num_experts = 0;
-  int k = 0;
+  int k = 0;         // columns of x
+  int weight_k = 0;  // columns of weights, fewer where x was padded
   ScaleArgs x_scales, weight_scales;
   TileShape tiles;
   EpilogueArgs epilogue;

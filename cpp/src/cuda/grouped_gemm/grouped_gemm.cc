@@ -51,6 +51,7 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   args.offsets_settled = p.offsets_settled;
   args.num_experts = static_cast<int>(p.num_experts);
   args.k = static_cast<int>(p.k);
+  args.weight_k = args.k;
   args.x_scales = scale_args(p.x_scales);
   args.weight_scales = scale_args(p.weight_scales);
   EpilogueArgs& e = args.epilogue;
@@ -69,7 +70,7 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   e.gated = activation.gated();
   e.kind = activation.kind;
   e.alpha = activation.alpha;
-  e.beta = activation.beta == 0.0f ? -0.0f : activation.beta;  // as activate has it
+  e.beta = activation.beta;
   e.limit = activation.limit;
   double linear = 1, cubic = 0;
   if (activation.kind == ActivationKind::kQuickGelu) linear = 1.702;
@@ -111,10 +112,8 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, FormPair forms) {
-  if (forms != FormPair{} || dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;
-  // Whether the tiles can be cut along K does not depend on the number of SMs.
-  const sm90::Policy policy = sm90::select_policy(rows, num_experts, n, k, 1);
-  return policy.tiles().stream_k ? sm90::StreamK::kBytes : 0;
+  if (dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;
+  return sm90::workspace_bytes(forms, rows, num_experts, n, k);
 }
 
 }  // namespace moecore::cuda

@@ -6,11 +6,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/grouped_gemm/prepare_x.h"
 #include "cuda/grouped_gemm/sm90.h"
 
 namespace moecore::cuda::sm90 {
 
 struct Policy {
+  Family family = Family::kFloat;
   int prefill = 0;        // 1: wide tiles, 0: narrow ones over a deep ring
   int max_tokens = 0;     // widest tile taken, at most the configuration's
   int stream_k = 0;       // 1: equal runs of steps for every block instead of whole tiles
@@ -18,11 +20,30 @@ struct Policy {
   double experts = 0;     // expected to have rows
   double rows_per_expert = 0;
 
-  const TileConfig& tiles() const { return kTileConfigs[prefill]; }
+  const TileConfig& tiles() const { return kTileConfigs[static_cast<int>(family)][prefill]; }
 };
 
-inline Policy select_policy(std::int64_t rows, std::int64_t num_experts, std::int64_t weight_rows,
-                            std::int64_t k, int num_sms) {
+constexpr Family family_of(FormPair forms) {
+  if (forms == FormPair{}) return Family::kFloat;
+  return forms.weights == OperandForm::kMxfp4 || forms.weights == OperandForm::kNvfp4 ? Family::kDecoded
+                                                                                      : Family::kFp8;
+}
+
+/// Bytes of a weight.
+constexpr double weight_bytes(FormPair forms) {
+  switch (forms.weights) {
+    case OperandForm::kFloat:
+      return 2;
+    case OperandForm::kMxfp4:
+    case OperandForm::kNvfp4:
+      return 0.5;
+    default:
+      return 1;
+  }
+}
+
+inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_experts,
+                            std::int64_t weight_rows, std::int64_t k, int num_sms) {
   // Below five waves the last one would leave up to half the chip idle.
   constexpr double kStreamBelowWaves = 5;
   // The parts' exchange takes 2 to 3 us, which shorter streams do not win back.
@@ -31,6 +52,7 @@ inline Policy select_policy(std::int64_t rows, std::int64_t num_experts, std::in
   constexpr double kDecodeRows = 20;
 
   Policy policy;
+  policy.family = family_of(forms);
   const double e = static_cast<double>(num_experts);
   policy.experts = e * (1 - std::pow(1 - 1 / e, static_cast<double>(rows)));
   policy.rows_per_expert = static_cast<double>(rows) / std::max(1.0, policy.experts);
@@ -39,9 +61,18 @@ inline Policy select_policy(std::int64_t rows, std::int64_t num_experts, std::in
   policy.max_tokens = config.max_tokens;
   policy.evict_weights = !policy.prefill;
   const double waves = policy.experts * std::ceil(static_cast<double>(weight_rows) / kTileRows) / num_sms;
-  const double bytes = policy.experts * 2.0 * static_cast<double>(weight_rows * k);
+  const double bytes = policy.experts * weight_bytes(forms) * static_cast<double>(weight_rows * k);
   policy.stream_k = config.stream_k && waves < kStreamBelowWaves && bytes > kStreamBytes;
   return policy;
+}
+
+/// Prepared x, then the parts of stream-K.
+inline std::size_t workspace_bytes(FormPair forms, std::int64_t rows, std::int64_t num_experts,
+                                   std::int64_t weight_rows, std::int64_t k) {
+  // Whether the tiles can be cut along K does not depend on the number of SMs.
+  const Policy policy = select_policy(forms, rows, num_experts, weight_rows, k, 1);
+  return (policy.family == Family::kDecoded ? prepared_bytes(rows, k) : 0) +
+         (policy.tiles().stream_k ? StreamK::kBytes : 0);
 }
 
 }  // namespace moecore::cuda::sm90

@@ -7,7 +7,7 @@
 // A persistent block of 384 threads:
 //   warp 8      copies weights with the copy engine and says what a step belongs to;
 //   warps 9-11  gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine;
-//   warps 0-7   two warpgroups: wgmma over a ring of K = 64 steps, then the epilogue, from registers through
+//   warps 0-7   two warpgroups: wgmma over a ring of steps of K, then the epilogue, from registers through
 //               transposing buffers of 16 tokens x 64 columns, so that whole 128-byte lines of out are
 //               written.
 // full[s]: the weights' bytes and 96 gathering threads have arrived. empty[s]: 8 consumer warps are done.
@@ -22,6 +22,18 @@
 // that has the tile's first step adds the slots of the blocks behind it in their order: no atomics, the same
 // bits on every run. A block waits only for sums that others leave before they wait themselves.
 //
+// How a step becomes sums is a main loop (sm90_float.cuh, sm90_fp8.cuh, sm90_decoded.cuh):
+//   static constexpr Family kFamily
+//   kProducerRegisters, kConsumerRegisters
+//   Element, Out             what tokens are copied as, and what is stored
+//   kStepK                   depth of a step
+//   kWeightLineBytes         of a step, of one weight row
+//   kTokenLines              lines of 128 bytes in a step of one token
+//   Widths<tiling>           of token tiles that are compiled
+//   Extra                    what else a stage of the ring holds
+//   Gather                   the gathering threads' part of it: Gather(engine, tile).copy(stage, k)
+//   multiply<N>(...)         the ring's steps of one work item, into d
+//
 // Sums run in ascending k. With whole tiles the bits of a row depend on x, the weights and K alone; with
 // stream-K they also depend on where the tile is cut, that is on the counts of all experts.
 
@@ -32,7 +44,6 @@
 #include "cuda/grouped_gemm/sm90.h"
 #include "cuda/grouped_gemm/sm90_ptx.cuh"
 #include "cuda/grouped_gemm/tiles.cuh"
-#include "cuda/grouped_gemm/wgmma.cuh"
 #include "cuda/types.cuh"
 
 namespace moecore::cuda::sm90 {
@@ -51,18 +62,31 @@ struct Work {
   int begin, end;
 };
 
-template <Tiling kTiling>
+template <class Loop, Tiling kTiling>
 struct Smem {
-  static constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
-  static constexpr int kWeightBytes = kTileRows * kStepBytes;
+  static constexpr TileConfig kConfig = tile_config(Loop::kFamily, kTiling);
+  static constexpr int kWeightBytes = kTileRows * Loop::kWeightLineBytes;
+  static constexpr int kTokenLineBytes = kConfig.max_tokens * kLineBytes;  // one line of every token
 
   alignas(1024) std::byte weights[kConfig.stages][kWeightBytes];
-  std::byte tokens[kConfig.stages][kConfig.max_tokens * kStepBytes];
+  alignas(1024) std::byte tokens[kConfig.stages][Loop::kTokenLines][kTokenLineBytes];
   std::byte buffer[kWarpgroups][2][kBufferBytes];
+  [[no_unique_address]] typename Loop::template Extra<kConfig.max_tokens> extra[kConfig.stages];
   Work work[kConfig.stages];  // that the step in the stage belongs to
   std::uint64_t full[kConfig.stages], empty[kConfig.stages];
   int group_tiles[kMaxExpertGroups];
 };
+
+/// 8, 16, ... up to the widest token tile.
+template <class Eighths>
+struct EveryWidth;
+template <int... kEighths>
+struct EveryWidth<std::integer_sequence<int, kEighths...>> {
+  using type = std::integer_sequence<int, 8 * (kEighths + 1)...>;
+};
+template <Family kFamily, Tiling kTiling>
+using every_width = typename EveryWidth<std::make_integer_sequence<
+    int, kTileConfigs[static_cast<int>(kFamily)][static_cast<int>(kTiling)].max_tokens / 8>>::type;
 
 /// A position in the ring, and the phase of its barriers.
 template <int kStages>
@@ -74,13 +98,17 @@ struct RingPosition {
   }
 };
 
-template <class T, class Form, Tiling kTiling>
+template <class Loop_, class Form_, Tiling kTiling>
 struct SwapAb {
-  static constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
+  using Loop = Loop_;
+  using Form = Form_;
+  using T = typename Loop::Out;
+  using Shared = Smem<Loop, kTiling>;
+  static constexpr TileConfig kConfig = Shared::kConfig;
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
 
-  Smem<kTiling>& s;
+  Shared& s;
   const GroupedGemmArgs& args;
   const StreamK& stream_k;
   const int steps;              // of K
@@ -144,8 +172,8 @@ struct SwapAb {
         if (leader) {
           std::uint64_t* full = &s.full[at.stage];
           if (k == work.begin) s.work[at.stage] = work;
-          barrier_arrive_expect(full, Smem<kTiling>::kWeightBytes);
-          copy_weight_rows(weights, tile, k * kStepK, s.weights[at.stage], full, evict_weights);
+          barrier_arrive_expect(full, Shared::kWeightBytes);
+          copy_weight_rows(weights, tile, k, s.weights[at.stage], full, evict_weights);
         }
         __syncwarp();
         at.advance();
@@ -154,14 +182,15 @@ struct SwapAb {
   }
 
   /// One box of 256 rows; when gated, one box of 128 for each block.
-  static __device__ __forceinline__ void copy_weight_rows(const CUtensorMap& map, const Tile& tile, int k,
+  static __device__ __forceinline__ void copy_weight_rows(const CUtensorMap& map, const Tile& tile, int step,
                                                           std::byte* to, std::uint64_t* full, bool evict) {
     constexpr int kBoxes = Form::kGated ? kBlocks : 1;
+    const int k = step * Loop::kStepElements;
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
       const int row = Form::kGated ? 8 * b : tile.weight_tile * kTileRows;
       const int columns16 = Form::kGated ? tile.weight_tile * (kTileRows / 32) : 0;
-      std::byte* box = to + b * (kTileRows / kBoxes) * kStepBytes;
+      std::byte* box = to + b * (kTileRows / kBoxes) * Loop::kWeightLineBytes;
       if (evict)
         copy_box(box, &map, full, k, row, 0, columns16, tile.expert, policy_evict_first());
       else
@@ -169,16 +198,17 @@ struct SwapAb {
     }
   }
 
-  // ---- warps 9-11: thread t brings piece t % 8 of rows t / 8, t / 8 + 12, ... of every step. The columns
-  // that pad a tile to a multiple of 8 repeat its first row: they are computed and not stored.
+  // ---- warps 9-11: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of every step.
+  // The columns that pad a tile to a multiple of 8 repeat its first row: they are computed and not stored.
   __device__ __forceinline__ void gather_tokens() {
     constexpr int kRowsPerThread = (kMaxTokens + kGatherRows - 1) / kGatherRows;
+    constexpr int kPieceElements = 16 / sizeof(typename Loop::Element);
     const int thread = threadIdx.x - (kConsumerWarps + 1) * 32;
     const int piece = thread % 8, row = thread / 8;
-    const std::uint32_t pitch = static_cast<std::uint32_t>(args.x_stride / 8);
+    const std::uint32_t pitch = static_cast<std::uint32_t>(args.x_stride / kPieceElements);
     // 12 rows further a row's place in its group of eight changes by four: only bit 2 of the swizzle does.
-    const std::uint32_t even = row * kStepBytes + (piece ^ (row & 7)) * 16;
-    const std::uint32_t odd = row * kStepBytes + (piece ^ (row & 7) ^ 4) * 16;
+    const std::uint32_t even = row * kLineBytes + (piece ^ (row & 7)) * 16;
+    const std::uint32_t odd = row * kLineBytes + (piece ^ (row & 7) ^ 4) * 16;
 
     Queue queue(*this);
     Ring at;
@@ -193,28 +223,54 @@ struct SwapAb {
       const int rows = ((tile.rows + 7) / 8 * 8 - row + kGatherRows - 1) / kGatherRows;  // of this thread
       std::uint32_t source[kRowsPerThread];
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        const int r = row + i * kGatherRows;
-        const int from = tile.row + (r < tile.rows ? r : 0);
-        source[i] = static_cast<std::uint32_t>(args.row_token ? args.row_token[from] : from) * pitch;
-      }
+      for (int i = 0; i < kRowsPerThread; ++i)
+        source[i] = static_cast<std::uint32_t>(x_row(tile, row + i * kGatherRows)) * pitch;
+      typename Loop::template Gather<SwapAb> extra(*this, tile, thread);
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
-        const std::uint32_t to = smem_address(s.tokens[at.stage]);
-        const int column = k * 8 + piece;  // of 16 bytes; beyond K it is zero
-        const int bytes = column * 8 < args.k ? 16 : 0;
-        const uint4* from = static_cast<const uint4*>(args.x) + (bytes ? column : 0);
-        // In registers from here on: else the compiler reads args.x again for every row.
-        asm volatile("" : "+l"(from));
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) {
-          if (i < rows)
-            copy_16(to + (i % 2 ? odd : even) + i * kGatherRows * kStepBytes, from + source[i], bytes);
+        for (int line = 0; line < Loop::kTokenLines; ++line) {
+          const std::uint32_t to = smem_address(s.tokens[at.stage][line]);
+          const int column = (k * Loop::kTokenLines + line) * 8 + piece;  // of 16 bytes; beyond K it is zero
+          const int bytes = column * kPieceElements < args.k ? 16 : 0;
+          const uint4* from = static_cast<const uint4*>(args.x) + (bytes ? column : 0);
+          // In registers from here on: else the compiler reads args.x again for every row.
+          asm volatile("" : "+l"(from));
+#pragma unroll
+          for (int i = 0; i < kRowsPerThread; ++i) {
+            if (i < rows)
+              copy_16(to + (i % 2 ? odd : even) + i * kGatherRows * kLineBytes, from + source[i], bytes);
+          }
         }
+        extra.copy(at.stage, k);
         barrier_arrive_after_copies(&s.full[at.stage]);
         at.advance();
       }
     }
+  }
+
+  /// Row of x of a tile's row; those behind its end repeat the first.
+  __device__ __forceinline__ int x_row(const Tile& tile, int row) const {
+    const int from = tile.row + (row < tile.rows ? row : 0);
+    return args.row_token ? args.row_token[from] : from;
+  }
+
+  /// Weight row that row `row` of the tile in shared memory stands for; the last one beyond them.
+  __device__ __forceinline__ std::int64_t tile_row(const Tile& tile, int row) const {
+    const EpilogueArgs& e = args.epilogue;
+    if constexpr (Form::kGated) {
+      const int column = min(
+          e.columns - 1, tile.weight_tile * (kTileRows / 2) + row % 128 / 16 * 16 + row / 128 * 8 + row % 8);
+      return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
+    } else {
+      return min(e.columns - 1, tile.weight_tile * kTileRows + row);
+    }
+  }
+
+  /// Weight row of a block that this consumer thread holds as `half` 0 or, eight rows down, 1.
+  __device__ __forceinline__ std::int64_t weight_row(const Tile& tile, int block, int half) const {
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+    return tile_row(tile, block * 128 + warpgroup * 64 + warp * 16 + threadIdx.x % 32 / 4 + half * 8);
   }
 
   // ---- warps 0-7
@@ -224,48 +280,26 @@ struct SwapAb {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) return;
-      compute_of_width(work, (work.tile.rows + 7) / 8, at, std::make_integer_sequence<int, kMaxTokens / 8>{});
+      compute_of_width(work, at, typename Loop::template Widths<kTiling>{});
     }
   }
 
-  template <int... kEighths>
-  __device__ __forceinline__ void compute_of_width(const Work& work, int eighths, Ring& at,
-                                                   std::integer_sequence<int, kEighths...>) {
-    ((eighths == kEighths + 1 ? (compute<8 * (kEighths + 1)>(work, at), true) : false) || ...);
+  /// The narrowest of the widths that holds the tile.
+  template <int... kWidths>
+  __device__ __forceinline__ void compute_of_width(const Work& work, Ring& at,
+                                                   std::integer_sequence<int, kWidths...>) {
+    ((work.tile.rows <= kWidths ? (compute<kWidths>(work, at), true) : false) || ...);
   }
 
   template <int kTokens>
   __device__ __forceinline__ void compute(const Work& work, Ring& at) {
-    const int warpgroup = threadIdx.x / 128;
     float d[kBlocks][kTokens / 2];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) d[m][i] = 0.0f;
 
-    // Phase 1: the ring. One group of wgmma stays in flight: once the next is issued, the stage before is
-    // free.
-    int previous = 0;
-    for (int k = work.begin; k < work.end; ++k) {
-      barrier_wait(&s.full[at.stage], at.phase);
-      fence_async_proxy();
-      const std::uint64_t weights = tile_descriptor(s.weights[at.stage] + warpgroup * 64 * kStepBytes);
-      const std::uint64_t tokens = tile_descriptor(s.tokens[at.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < kStepK / 16; ++kk)
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m)
-          Wgmma<T, kTokens>::op(d[m], weights + m * (kWarpgroups * 64 * kStepBytes / 16) + kk * 2,
-                                tokens + kk * 2);
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (k > work.begin && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
-      previous = at.stage;
-      at.advance();
-    }
-    wgmma_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+    Loop::template multiply<kTokens>(*this, work, at, d);
 
     // Phase 2: parts of a tile meet, then the epilogue.
     if constexpr (kConfig.stream_k)
@@ -388,13 +422,13 @@ struct SwapAb {
   }
 };
 
-template <class T, class Form, Tiling kTiling>
+template <class Loop, class Form, Tiling kTiling>
 __global__ void __launch_bounds__(kThreads, 1)
     swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ GroupedGemmArgs args,
                    const __grid_constant__ StreamK stream_k, const bool evict_weights) {
-  constexpr TileConfig kConfig = kTileConfigs[static_cast<int>(kTiling)];
+  constexpr TileConfig kConfig = Smem<Loop, kTiling>::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
-  auto& s = *reinterpret_cast<Smem<kTiling>*>(raw);
+  auto& s = *reinterpret_cast<Smem<Loop, kTiling>*>(raw);
   if (threadIdx.x == 0) {
     prefetch_map(&weights);
     for (int i = 0; i < kConfig.stages; ++i) {
@@ -410,14 +444,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool by_steps = kConfig.stream_k && stream_k.enabled;
   __syncthreads();
 
-  SwapAb<T, Form, kTiling> engine{s,
-                                  args,
-                                  stream_k,
-                                  (args.k + kStepK - 1) / kStepK,
-                                  by_steps ? count_tiles(args, s.group_tiles) : 0,
-                                  by_steps};
+  SwapAb<Loop, Form, kTiling> engine{s,
+                                     args,
+                                     stream_k,
+                                     (args.k + Loop::kStepK - 1) / Loop::kStepK,
+                                     by_steps ? count_tiles(args, s.group_tiles) : 0,
+                                     by_steps};
   if (threadIdx.x >= kConsumerWarps * 32) {
-    give_registers<kProducerRegisters>();
+    give_registers<Loop::kProducerRegisters>();
     if (threadIdx.x < (kConsumerWarps + 1) * 32) {
       engine.copy_weights(weights, evict_weights);
     } else {
@@ -426,17 +460,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       engine.gather_tokens();
     }
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<Loop::kConsumerRegisters>();
     dev::wait_for_predecessor();
     if (by_steps && threadIdx.x % 128 == 0) stream_k.flags[2 * blockIdx.x + threadIdx.x / 128] = 0;
     engine.compute();
   }
 }
 
-template <DType kType, Tiling kTiling, bool kGated>
+template <class Loop, Tiling kTiling, bool kGated>
 Kernel kernel() {
   using Form = std::conditional_t<kGated, SigmoidGate, Linear>;
-  return {reinterpret_cast<const void*>(swap_ab_kernel<cuda_t<kType>, Form, kTiling>), sizeof(Smem<kTiling>)};
+  return {reinterpret_cast<const void*>(swap_ab_kernel<Loop, Form, kTiling>), sizeof(Smem<Loop, kTiling>)};
 }
 
 }  // namespace moecore::cuda::sm90

@@ -4,16 +4,20 @@
 #include <cstddef>
 
 #include "moecore/dtype.h"
+#include "ops/grouped_gemm.h"
 
 namespace moecore::cuda::sm90 {
 
 inline constexpr int kThreads = 384;
-inline constexpr int kStepK = 64;              // depth of one step of the ring
-inline constexpr int kStepBytes = kStepK * 2;  // of one row
-inline constexpr int kProducerRegisters = 56;
-inline constexpr int kConsumerRegisters = 224;
+inline constexpr int kLineBytes = 128;  // of K, of one row: what the swizzle and the gather work with
+inline constexpr int kTileRows = 256;   // weight rows of a tile
 
-inline constexpr int kTileRows = 256;  // weight rows of a tile
+/// What the kernels multiply, and how.
+enum class Family {
+  kFloat,    // bf16 x bf16, f16 x f16
+  kFp8,      // e4m3 x e4m3, partial sums of 128 columns
+  kDecoded,  // bf16 x codes that become bf16 in registers
+};
 
 /// One compiled tile configuration.
 struct TileConfig {
@@ -25,10 +29,17 @@ struct TileConfig {
 
 enum class Tiling { kDecode, kPrefill };
 
-inline constexpr TileConfig kTileConfigs[] = {
-    {.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-    {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false},
+inline constexpr TileConfig kTileConfigs[][2] = {
+    {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
+     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false}},
+    {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
+     {.name = "prefill", .max_tokens = 96, .stages = 4, .stream_k = false}},
+    {{.name = "decode", .max_tokens = 32, .stages = 8, .stream_k = true},
+     {.name = "prefill", .max_tokens = 112, .stages = 4, .stream_k = false}},
 };
+constexpr const TileConfig& tile_config(Family family, Tiling tiling) {
+  return kTileConfigs[static_cast<int>(family)][static_cast<int>(tiling)];
+}
 
 /// Partial sums of tiles that blocks share. Whatever the workspace held before, a slot is full when its flag
 /// holds kRaised; readers lower the flags.
@@ -36,7 +47,7 @@ struct StreamK {
   static constexpr unsigned long long kRaised = 0x6D6F65636F726521ull;
   static constexpr int kMaxBlocks = 256;
   /// f32 sums of one block's tile.
-  static constexpr std::size_t kSlotFloats = kTileRows * kTileConfigs[0].max_tokens;
+  static constexpr std::size_t kSlotFloats = kTileRows * 32;
   static constexpr std::size_t kBytes =
       kMaxBlocks * (2 * sizeof(unsigned long long) + kSlotFloats * sizeof(float));
 
@@ -51,9 +62,15 @@ struct Kernel {
   std::size_t smem_bytes;
 };
 
-/// The kernel of a configuration for bf16 or f16. `Gated`: the sigmoid family of gated activations, else the
-/// product.
+/// The kernels of a configuration. `Gated`: the sigmoid family of gated activations, else the product.
+/// bf16 x bf16 or f16 x f16.
 template <DType kType, Tiling kTiling, bool kGated>
-Kernel kernel();
+Kernel float_kernel();
+/// e4m3 x e4m3, out bf16. `Blocks`: a scale for every 128 columns, else for rows.
+template <bool kBlocks, Tiling kTiling, bool kGated>
+Kernel fp8_kernel();
+/// bf16, in the order of prepare_x(), x mxfp4 or nvfp4.
+template <OperandForm kWeights, Tiling kTiling, bool kGated>
+Kernel decoded_kernel();
 
 }  // namespace moecore::cuda::sm90

@@ -1,8 +1,14 @@
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_float.cuh"
 
 namespace moecore::cuda::sm90 {
 
-template Kernel kernel<DType::kBF16, Tiling::kDecode, false>();
-template Kernel kernel<DType::kBF16, Tiling::kDecode, true>();
+template <>
+Kernel float_kernel<DType::kBF16, Tiling::kDecode, false>() {
+  return kernel<FloatLoop<__nv_bfloat16>, Tiling::kDecode, false>();
+}
+template <>
+Kernel float_kernel<DType::kBF16, Tiling::kDecode, true>() {
+  return kernel<FloatLoop<__nv_bfloat16>, Tiling::kDecode, true>();
+}
 
 }  // namespace moecore::cuda::sm90

@@ -7,6 +7,7 @@
 
 #include "cuda/grouped_gemm/engines.h"
 #include "cuda/grouped_gemm/policy.h"
+#include "cuda/grouped_gemm/prepare_x.h"
 #include "cuda/has_sm90.h"
 #include "cuda/policy_override.h"
 
@@ -17,26 +18,65 @@ bool gated(const GroupedGemmProblem& p) {
   return p.activation && p.activation->gated();
 }
 
-/// The rules of the copy engine and of 16-byte accesses, for elements of two bytes.
+FormPair forms_of(const GroupedGemmProblem& p) {
+  return {p.x_scales.form, p.weight_scales.form};
+}
+
+/// What the families ask of the operands beyond the rules for all.
+std::string family_refusal(const GroupedGemmProblem& p, sm90::Family family) {
+  switch (family) {
+    case sm90::Family::kFloat:
+      if (p.dtype == DType::kF32) return "it takes bf16, f16, codes";
+      break;
+    case sm90::Family::kFp8:
+      if (p.x_scales.form == OperandForm::kFloat) return "floats x fp8 are the portable engine's";
+      if (p.dtype != DType::kBF16) return "fp8 x fp8 becomes bf16";
+      if (p.x_scales.form == OperandForm::kFp8Block128 && gated(p) && (p.n / 2) % 64 != 0)
+        return "gate and up of 64 columns do not start in blocks of their own";
+      break;
+    case sm90::Family::kDecoded: {
+      const OperandScalesRef& scales = p.weight_scales;
+      auto whole_words = [](std::int64_t bytes) { return bytes % 4 == 0; };
+      if (p.dtype != DType::kBF16) return "fp4 weights become bf16";
+      if (scales.col_pitch != 1) return "the scales of a row of weights are not dense";
+      if (scales.row_pitch < 0 || scales.row_pitch * p.n > 0x7FFFFFFF)
+        return "the scales of an expert span more than 2 GiB";
+      if (scales.form == OperandForm::kNvfp4 &&
+          !(whole_words(reinterpret_cast<std::intptr_t>(scales.data)) && whole_words(scales.row_pitch) &&
+            whole_words(scales.expert_pitch)))
+        return "the scales of weight rows are not 4-byte aligned";
+      if (p.x_rows > p.num_rows) return "x has more rows than out";
+      break;
+    }
+  }
+  return "";
+}
+
+/// The rules of the copy engine and of 16-byte accesses.
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device) {
   auto aligned = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
   const std::int64_t columns = gated(p) ? p.n / 2 : p.n;
-  if (p.weight_scales.form != OperandForm::kFloat) return "it takes bf16 and f16";
   if (!MOECORE_HAS_SM90) return "this build has no code for sm_90a";
   if (device.compute_capability != 90) return "it needs compute capability 9.0";
-  if (p.dtype == DType::kF32) return "it takes bf16 and f16";
+  const std::string refused = family_refusal(p, sm90::family_of(forms_of(p)));
+  if (!refused.empty()) return refused;
   if (p.activation && !(gated(p) && is_sigmoid_family(*p.activation)))
     return "its activations are silu, quick_gelu, gelu_tanh and swiglu_oai, gated";
   if (p.num_experts > kMaxExperts) return "more than 2048 experts";
-  if (p.k == 0 || p.k % 8 != 0) return "K is not a positive multiple of 8";
+  // Elements in 16 bytes.
+  const bool decoded = sm90::family_of(forms_of(p)) == sm90::Family::kDecoded;  // x is copied first
+  const std::int64_t x_piece = decoded ? 1 : 128 / element_bits(p.x_scales.form, p.dtype),
+                     weight_piece = 128 / element_bits(p.weight_scales.form, p.dtype);
+  if (p.k == 0 || p.k % x_piece != 0 || p.k % weight_piece != 0)
+    return "rows of K are not a positive multiple of 16 bytes";
   if (columns % (gated(p) ? 16 : 8) != 0) return "the output's width is not a multiple of 8, gated 16";
-  if (!aligned(p.x) || !aligned(p.weights) || !aligned(p.out))
+  if (!(decoded || aligned(p.x)) || !aligned(p.weights) || !aligned(p.out))
     return "x, weights or out is not 16-byte aligned";
-  if (p.x_stride % 8 != 0 || p.out_stride % 8 != 0) return "rows of x or out are not 16-byte aligned";
-  if (p.weight_row_stride % 8 != 0 || p.weight_expert_stride % 8 != 0 || p.weight_row_stride < p.k ||
-      (p.num_experts > 1 && p.weight_expert_stride <= 0))
+  if (p.x_stride % x_piece != 0 || p.out_stride % 8 != 0) return "rows of x or out are not 16-byte aligned";
+  if (p.weight_row_stride % weight_piece != 0 || p.weight_expert_stride % weight_piece != 0 ||
+      p.weight_row_stride < p.k || (p.num_experts > 1 && p.weight_expert_stride <= 0))
     return "the strides of weights do not suit the copy engine";
-  if (p.x_rows * (p.x_stride / 8) > 0xFFFF0000ll) return "x is larger than 64 GiB";
+  if (p.x_rows * (p.x_stride / x_piece) > 0xFFFF0000ll) return "x is larger than 64 GiB";
   return "";
 }
 
@@ -48,18 +88,20 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
                           .sms = device.num_sms,
                           .capability = device.compute_capability};
   sm90::Policy policy = tuned("grouped_gemm", sizes, ctx, [&](std::string_view text) {
-    sm90::Policy chosen = sm90::select_policy(p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
+    sm90::Policy chosen =
+        sm90::select_policy(forms_of(p), p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
     override_policy("grouped_gemm", text,
                     {{"prefill", &chosen.prefill, {0, 1}},
-                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 128, 144, 160, 176}},
+                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176}},
                      {"stream_k", &chosen.stream_k, {0, 1}},
                      {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
-  policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
-                    ctx.workspace.size() >= sm90::StreamK::kBytes;
+  policy.stream_k =
+      policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
+      ctx.workspace.size() >= sm90::workspace_bytes(forms_of(p), p.num_rows, p.num_experts, p.n, p.k);
   return policy;
 }
 
@@ -95,66 +137,94 @@ Encode encoder() {
   return encode;
 }
 
-void encode(const GroupedGemmProblem& p, CUtensorMap* map, const void* data, int rank, const cuuint64_t* dims,
-            const cuuint64_t* strides, const cuuint32_t* box) {
-  constexpr cuuint32_t kDense[5] = {1, 1, 1, 1, 1};
-  const CUresult status = encoder()(
-      map, p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
-      const_cast<void*>(data), dims, strides, box, kDense, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "grouped_gemm",
-        "encoding a tensor map");
-}
-
-/// The weight rows of a tile for one step of K.
-///   plain: dimensions (K, N, 1, 1, E), one box (64, 256, 1, 1, 1).
-///   gated: dimensions (K, 16, 2, I/16, E), two boxes (64, 8, 2, 8, 1): eight gate rows, eight up rows, and
+/// The weight rows of a tile for one step of K, in units of `elements` codes (fp4 counts bytes).
+///   plain: dimensions (K, N, 1, 1, E), one box (step, 256, 1, 1, 1).
+///   gated: dimensions (K, 16, 2, I/16, E), two boxes (step, 8, 2, 8, 1): eight gate rows, eight up rows, and
 ///   so
 ///          on, whether the checkpoint holds them as two blocks or row by row.
-CUtensorMap weight_map(const GroupedGemmProblem& p) {
-  const cuuint64_t pitch = p.weight_row_stride * 2, inter = p.n / 2;
-  const cuuint64_t expert = p.num_experts > 1 ? p.weight_expert_stride * 2 : p.n * pitch;
-  const cuuint64_t k = p.k, n = p.n, e = p.num_experts;
+CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family) {
+  const bool is_float = family == sm90::Family::kFloat;
+  const cuuint64_t bits = element_bits(p.weight_scales.form, p.dtype);
+  const cuuint64_t pitch = p.weight_row_stride * bits / 8, inter = p.n / 2;
+  const cuuint64_t expert = p.num_experts > 1 ? p.weight_expert_stride * bits / 8 : p.n * pitch;
+  const cuuint64_t k = is_float ? p.k : p.k * bits / 8, n = p.n, e = p.num_experts;
+  const cuuint32_t step = is_float ? 64 : family == sm90::Family::kFp8 ? 128 : 64;
   cuuint64_t dims[5] = {k, n, 1, 1, e}, strides[4] = {pitch, pitch, pitch, expert};
-  cuuint32_t box[5] = {sm90::kStepK, sm90::kTileRows, 1, 1, 1};
+  cuuint32_t box[5] = {step, sm90::kTileRows, 1, 1, 1};
   if (gated(p)) {
     const bool interleaved = p.activation->order == GateOrder::kInterleaved;
     const cuuint64_t row = interleaved ? 2 * pitch : pitch;
     const cuuint64_t gated_dims[5] = {k, 16, 2, inter / 16, e};
     const cuuint64_t gated_strides[4] = {row, interleaved ? pitch : inter * pitch, 16 * row, expert};
-    const cuuint32_t gated_box[5] = {sm90::kStepK, 8, 2, sm90::kTileRows / 32, 1};
+    const cuuint32_t gated_box[5] = {step, 8, 2, sm90::kTileRows / 32, 1};
     std::copy_n(gated_dims, 5, dims);
     std::copy_n(gated_strides, 4, strides);
     std::copy_n(gated_box, 5, box);
   }
+  constexpr cuuint32_t kDense[5] = {1, 1, 1, 1, 1};
+  const CUtensorMapDataType type = !is_float                ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  // Codes that become bf16 are read by threads, 64 bytes of a row after the other.
+  const CUtensorMapSwizzle swizzle =
+      family == sm90::Family::kDecoded ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B;
   CUtensorMap map;
-  encode(p, &map, p.weights, 5, dims, strides, box);
+  const CUresult status = encoder()(&map, type, 5, const_cast<void*>(p.weights), dims, strides, box, kDense,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "grouped_gemm",
+        "encoding a tensor map");
   return map;
 }
 
-template <DType kType>
-sm90::Kernel kernel_for(const sm90::Policy& policy, bool is_gated) {
+/// The instance of `choose` for the policy's tiling and a gated epilogue or not.
+template <class Choose>
+sm90::Kernel choose_kernel(const sm90::Policy& policy, bool is_gated, const Choose& choose) {
   using sm90::Tiling;
   if (policy.prefill)
-    return is_gated ? sm90::kernel<kType, Tiling::kPrefill, true>()
-                    : sm90::kernel<kType, Tiling::kPrefill, false>();
-  return is_gated ? sm90::kernel<kType, Tiling::kDecode, true>()
-                  : sm90::kernel<kType, Tiling::kDecode, false>();
+    return is_gated ? choose.template operator()<Tiling::kPrefill, true>()
+                    : choose.template operator()<Tiling::kPrefill, false>();
+  return is_gated ? choose.template operator()<Tiling::kDecode, true>()
+                  : choose.template operator()<Tiling::kDecode, false>();
+}
+
+sm90::Kernel kernel_for(const GroupedGemmProblem& p, const sm90::Policy& policy) {
+  using sm90::Tiling;
+  auto choose = [&]<Tiling kTiling, bool kGated>() {
+    if (policy.family == sm90::Family::kDecoded)
+      return p.weight_scales.form == OperandForm::kMxfp4
+                 ? sm90::decoded_kernel<OperandForm::kMxfp4, kTiling, kGated>()
+                 : sm90::decoded_kernel<OperandForm::kNvfp4, kTiling, kGated>();
+    if (policy.family == sm90::Family::kFp8)
+      return p.x_scales.form == OperandForm::kFp8Block128 ? sm90::fp8_kernel<true, kTiling, kGated>()
+                                                          : sm90::fp8_kernel<false, kTiling, kGated>();
+    return p.dtype == DType::kF16 ? sm90::float_kernel<DType::kF16, kTiling, kGated>()
+                                  : sm90::float_kernel<DType::kBF16, kTiling, kGated>();
+  };
+  return choose_kernel(policy, gated(p), choose);
 }
 
 void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
   const sm90::Policy policy = policy_for(p, device, ctx);
-  const sm90::Kernel kernel = p.dtype == DType::kF16 ? kernel_for<DType::kF16>(policy, gated(p))
-                                                     : kernel_for<DType::kBF16>(policy, gated(p));
-  CUtensorMap weights = weight_map(p);
+  const sm90::Kernel kernel = kernel_for(p, policy);
+  CUtensorMap weights = weight_map(p, policy.family);
   GroupedGemmArgs args = device_args(p);
   args.tiles = {.max_tokens = policy.max_tokens,
                 .weight_tiles = static_cast<int>((p.n + sm90::kTileRows - 1) / sm90::kTileRows)};
+  std::byte* workspace = ctx.workspace.data();
+  if (policy.family == sm90::Family::kDecoded) {
+    sm90::prepare_x(p, workspace, device, ctx);
+    args.x = workspace;
+    args.x_stride = args.k = static_cast<int>(sm90::prepared_k(p.k));
+    // Offsets and weights were complete before prepare_x began, for it waited for what preceded it.
+    args.offsets_settled = true;
+    workspace += sm90::prepared_bytes(p.num_rows, p.k);
+  }
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
   sm90::StreamK stream_k;
   if (policy.stream_k) {
     stream_k.enabled = true;
-    stream_k.flags = reinterpret_cast<unsigned long long*>(ctx.workspace.data());
+    stream_k.flags = reinterpret_cast<unsigned long long*>(workspace);
     stream_k.sums = reinterpret_cast<float*>(stream_k.flags + 2 * sm90::StreamK::kMaxBlocks);
   }
   bool evict_weights = policy.evict_weights;

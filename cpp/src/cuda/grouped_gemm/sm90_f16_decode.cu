@@ -1,8 +1,14 @@
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_float.cuh"
 
 namespace moecore::cuda::sm90 {
 
-template Kernel kernel<DType::kF16, Tiling::kDecode, false>();
-template Kernel kernel<DType::kF16, Tiling::kDecode, true>();
+template <>
+Kernel float_kernel<DType::kF16, Tiling::kDecode, false>() {
+  return kernel<FloatLoop<__half>, Tiling::kDecode, false>();
+}
+template <>
+Kernel float_kernel<DType::kF16, Tiling::kDecode, true>() {
+  return kernel<FloatLoop<__half>, Tiling::kDecode, true>();
+}
 
 }  // namespace moecore::cuda::sm90

@@ -1,6 +1,6 @@
 #pragma once
-// wgmma.mma_async m64nNk16, both operands in shared memory, f32 accumulators in registers: one specialisation
-// per token width N, a multiple of 8 up to 256.
+// wgmma.mma_async m64nNk16 and, for e4m3, k32, with f32 accumulators in registers: one specialisation per
+// token width N, a multiple of 8 up to 256.
 //
 // Inline assembly must spell out its operands, so the lists below are built eight columns (four registers) at
 // a time: MOECORE_R<i> names the registers of the first i groups, MOECORE_D<i> binds them to d[0 .. 4i-1].
@@ -10,11 +10,18 @@
 
 #include <cstdint>
 
+#include "cuda/grouped_gemm/operands.cuh"
+
 namespace moecore::cuda::sm90 {
 
-/// op(): d += A * B^T over 16 of K, A [64,16] and B [N,16] by their shared-memory descriptors.
+/// op(): d (+)= A * B^T over 32 bytes of K, A [64,K] and B [N,K] by their shared-memory descriptors.
 template <class T, int N>
 struct Wgmma;
+
+/// op(): d += A * B^T over 16 of K, bf16, A [64,16] in registers: of rows r = 16w + l/4 and r + 8 (warp w,
+/// lane l), columns 2(l%4) and + 1 in a[0], a[1], eight further in a[2], a[3].
+template <int N>
+struct WgmmaDecoded;
 
 // clang-format off
 #define MOECORE_R1 "%0,%1,%2,%3"
@@ -82,52 +89,63 @@ struct Wgmma;
 #define MOECORE_R32 MOECORE_R31 "," "%124,%125,%126,%127"
 #define MOECORE_D32 MOECORE_D31,"+f"(d[124]),"+f"(d[125]),"+f"(d[126]),"+f"(d[127])
 
-#define MOECORE_WGMMA(T, type, i, n, a, b)                                                                  \
+// r0 .. r4 are the numbers of the operands behind the accumulators.
+#define MOECORE_WGMMA(T, shape, types, transposed, i, n, r0, r1, r2)                                        \
   template <>                                                                                               \
   struct Wgmma<T, n> {                                                                                      \
-    static __device__ __forceinline__ void op(float (&d)[n / 2], std::uint64_t desc_a, std::uint64_t desc_b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MOECORE_R##i "},%" #a ",%" #b \
-                   ",1,1,1,0,0;" : MOECORE_D##i : "l"(desc_a), "l"(desc_b));                                \
+    template <bool kAdd = true>                                                                             \
+    static __device__ __forceinline__ void op(float (&d)[n / 2], std::uint64_t a, std::uint64_t b) {        \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n shape ".f32." types " {" MOECORE_R##i "},%" #r0 ",%" #r1 \
+                   ",%" #r2 ",1,1" transposed ";" : MOECORE_D##i : "l"(a), "l"(b), "n"(kAdd));              \
     }                                                                                                       \
   };
-#define MOECORE_WGMMA_BOTH(i, n, a, b)                 \
-  MOECORE_WGMMA(__nv_bfloat16, "bf16", i, n, a, b)     \
-  MOECORE_WGMMA(__half, "f16", i, n, a, b)
+#define MOECORE_WGMMA_ALL(i, n, r0, r1, r2, r3, r4)                                                         \
+  MOECORE_WGMMA(__nv_bfloat16, "k16", "bf16.bf16", ",0,0", i, n, r0, r1, r2)                                \
+  MOECORE_WGMMA(__half, "k16", "f16.f16", ",0,0", i, n, r0, r1, r2)                                         \
+  MOECORE_WGMMA(E4m3Codes, "k32", "e4m3.e4m3", "", i, n, r0, r1, r2)                                        \
+  template <>                                                                                               \
+  struct WgmmaDecoded<n> {                                                                                  \
+    static __device__ __forceinline__ void op(float (&d)[n / 2], const std::uint32_t (&a)[4], std::uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" MOECORE_R##i                \
+                   "},{%" #r0 ",%" #r1 ",%" #r2 ",%" #r3 "},%" #r4 ",1,1,1,0;"                              \
+                   : MOECORE_D##i : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+    }                                                                                                       \
+  };
 
-MOECORE_WGMMA_BOTH(1, 8, 4, 5)
-MOECORE_WGMMA_BOTH(2, 16, 8, 9)
-MOECORE_WGMMA_BOTH(3, 24, 12, 13)
-MOECORE_WGMMA_BOTH(4, 32, 16, 17)
-MOECORE_WGMMA_BOTH(5, 40, 20, 21)
-MOECORE_WGMMA_BOTH(6, 48, 24, 25)
-MOECORE_WGMMA_BOTH(7, 56, 28, 29)
-MOECORE_WGMMA_BOTH(8, 64, 32, 33)
-MOECORE_WGMMA_BOTH(9, 72, 36, 37)
-MOECORE_WGMMA_BOTH(10, 80, 40, 41)
-MOECORE_WGMMA_BOTH(11, 88, 44, 45)
-MOECORE_WGMMA_BOTH(12, 96, 48, 49)
-MOECORE_WGMMA_BOTH(13, 104, 52, 53)
-MOECORE_WGMMA_BOTH(14, 112, 56, 57)
-MOECORE_WGMMA_BOTH(15, 120, 60, 61)
-MOECORE_WGMMA_BOTH(16, 128, 64, 65)
-MOECORE_WGMMA_BOTH(17, 136, 68, 69)
-MOECORE_WGMMA_BOTH(18, 144, 72, 73)
-MOECORE_WGMMA_BOTH(19, 152, 76, 77)
-MOECORE_WGMMA_BOTH(20, 160, 80, 81)
-MOECORE_WGMMA_BOTH(21, 168, 84, 85)
-MOECORE_WGMMA_BOTH(22, 176, 88, 89)
-MOECORE_WGMMA_BOTH(23, 184, 92, 93)
-MOECORE_WGMMA_BOTH(24, 192, 96, 97)
-MOECORE_WGMMA_BOTH(25, 200, 100, 101)
-MOECORE_WGMMA_BOTH(26, 208, 104, 105)
-MOECORE_WGMMA_BOTH(27, 216, 108, 109)
-MOECORE_WGMMA_BOTH(28, 224, 112, 113)
-MOECORE_WGMMA_BOTH(29, 232, 116, 117)
-MOECORE_WGMMA_BOTH(30, 240, 120, 121)
-MOECORE_WGMMA_BOTH(31, 248, 124, 125)
-MOECORE_WGMMA_BOTH(32, 256, 128, 129)
+MOECORE_WGMMA_ALL(1, 8, 4, 5, 6, 7, 8)
+MOECORE_WGMMA_ALL(2, 16, 8, 9, 10, 11, 12)
+MOECORE_WGMMA_ALL(3, 24, 12, 13, 14, 15, 16)
+MOECORE_WGMMA_ALL(4, 32, 16, 17, 18, 19, 20)
+MOECORE_WGMMA_ALL(5, 40, 20, 21, 22, 23, 24)
+MOECORE_WGMMA_ALL(6, 48, 24, 25, 26, 27, 28)
+MOECORE_WGMMA_ALL(7, 56, 28, 29, 30, 31, 32)
+MOECORE_WGMMA_ALL(8, 64, 32, 33, 34, 35, 36)
+MOECORE_WGMMA_ALL(9, 72, 36, 37, 38, 39, 40)
+MOECORE_WGMMA_ALL(10, 80, 40, 41, 42, 43, 44)
+MOECORE_WGMMA_ALL(11, 88, 44, 45, 46, 47, 48)
+MOECORE_WGMMA_ALL(12, 96, 48, 49, 50, 51, 52)
+MOECORE_WGMMA_ALL(13, 104, 52, 53, 54, 55, 56)
+MOECORE_WGMMA_ALL(14, 112, 56, 57, 58, 59, 60)
+MOECORE_WGMMA_ALL(15, 120, 60, 61, 62, 63, 64)
+MOECORE_WGMMA_ALL(16, 128, 64, 65, 66, 67, 68)
+MOECORE_WGMMA_ALL(17, 136, 68, 69, 70, 71, 72)
+MOECORE_WGMMA_ALL(18, 144, 72, 73, 74, 75, 76)
+MOECORE_WGMMA_ALL(19, 152, 76, 77, 78, 79, 80)
+MOECORE_WGMMA_ALL(20, 160, 80, 81, 82, 83, 84)
+MOECORE_WGMMA_ALL(21, 168, 84, 85, 86, 87, 88)
+MOECORE_WGMMA_ALL(22, 176, 88, 89, 90, 91, 92)
+MOECORE_WGMMA_ALL(23, 184, 92, 93, 94, 95, 96)
+MOECORE_WGMMA_ALL(24, 192, 96, 97, 98, 99, 100)
+MOECORE_WGMMA_ALL(25, 200, 100, 101, 102, 103, 104)
+MOECORE_WGMMA_ALL(26, 208, 104, 105, 106, 107, 108)
+MOECORE_WGMMA_ALL(27, 216, 108, 109, 110, 111, 112)
+MOECORE_WGMMA_ALL(28, 224, 112, 113, 114, 115, 116)
+MOECORE_WGMMA_ALL(29, 232, 116, 117, 118, 119, 120)
+MOECORE_WGMMA_ALL(30, 240, 120, 121, 122, 123, 124)
+MOECORE_WGMMA_ALL(31, 248, 124, 125, 126, 127, 128)
+MOECORE_WGMMA_ALL(32, 256, 128, 129, 130, 131, 132)
 
-#undef MOECORE_WGMMA_BOTH
+#undef MOECORE_WGMMA_ALL
 #undef MOECORE_WGMMA
 #undef MOECORE_R1
 #undef MOECORE_D1

@@ -1,0 +1,59 @@
+#pragma once
+// The main loop of bf16 x bf16 and f16 x f16: both operands from shared memory, K = 64 a step.
+
+#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/wgmma.cuh"
+
+namespace moecore::cuda::sm90 {
+
+template <class T>
+struct FloatLoop {
+  static constexpr Family kFamily = Family::kFloat;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  using Element = T;
+  using Out = T;
+  static constexpr int kStepK = 64, kStepElements = 64, kWeightLineBytes = kLineBytes, kTokenLines = 1;
+
+  template <Tiling kTiling>
+  using Widths = every_width<kFamily, kTiling>;
+
+  template <int kMaxTokens>
+  struct Extra {};
+  template <class Engine>
+  struct Gather {
+    __device__ Gather(const Engine&, const Tile&, int) {}
+    __device__ void copy(int, int) {}
+  };
+
+  template <int kTokens, class Engine>
+  static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
+                                                  typename Engine::Ring& at,
+                                                  float (&d)[kBlocks][kTokens / 2]) {
+    auto& s = engine.s;
+    const int warpgroup = threadIdx.x / 128;
+    // One group of wgmma stays in flight: once the next is issued, the stage before is free.
+    int previous = 0;
+    for (int k = work.begin; k < work.end; ++k) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      fence_async_proxy();
+      const std::uint64_t weights = tile_descriptor(s.weights[at.stage] + warpgroup * 64 * kLineBytes);
+      const std::uint64_t tokens = tile_descriptor(s.tokens[at.stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kLineBytes / 32; ++kk)
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m)
+          Wgmma<T, kTokens>::op(d[m], weights + m * (kWarpgroups * 64 * kLineBytes / 16) + kk * 2,
+                                tokens + kk * 2);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (k > work.begin && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+      previous = at.stage;
+      at.advance();
+    }
+    wgmma_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+  }
+};
+
+}  // namespace moecore::cuda::sm90
