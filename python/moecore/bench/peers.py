@@ -75,8 +75,6 @@ class Peers:
                 self.found[name] = self._load(name)
             except Exception as error:  # whatever keeps another library from loading is the reason to name
                 self.missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-        if folder is not None and "vllm" not in self.found and (folder / "vllm_moe_C.so").exists():
-            self.missing.setdefault("vllm", "vllm_C.so is not in the folder")
 
     def _load(self, name: str) -> str:
         if name != "torch" and self.space.device == "cpu":
@@ -86,9 +84,12 @@ class Peers:
 
             if self.folder is None:
                 raise ModuleNotFoundError(f"{name} is not installed")
-            for binary in _BINARIES[name]:
+            binaries = [binary for binary in _BINARIES[name] if (self.folder / binary).exists()]
+            if not binaries:
+                raise FileNotFoundError(f"no {' or '.join(_BINARIES[name])} in {self.folder}")
+            for binary in binaries:
                 torch.ops.load_library(str(self.folder / binary))
-            return f"binaries of {self.folder.name}"
+            return f"{' and '.join(binaries)} of {self.folder.name}"
         if name == "deep_gemm" and importlib.util.find_spec(name) is None and self.folder is not None:
             sys.path.insert(0, str(self.folder))
         module = importlib.import_module(name)
@@ -485,6 +486,9 @@ def _layer_triton(p: Peers, s: Any, fp8: bool) -> Call:
         x, x_scales = p.new(t, h, dtype="float8_e4m3fn"), p.new(t, h // 128, dtype="float32")
         rows8, rows_scales = p.new(t * k, i, dtype="float8_e4m3fn"), p.new(t * k, i // 128, dtype="float32")
     quantize = p.ops._C.per_token_group_fp8_quant if fp8 else None
+    # Where only one of vLLM's two binaries is there, SGLang's activation, which is no slower.
+    own = hasattr(p.ops._C, "silu_and_mul")
+    activate = p.ops._C.silu_and_mul if own else p.ops.sgl_kernel.silu_and_mul.default
     limits = (128, 1e-10, -448.0, 448.0, False, False, False)
     bf16 = importlib.import_module("triton.language").bfloat16
     tail = (config, bf16, fp8, False, False, False, False, shape)
@@ -496,7 +500,7 @@ def _layer_triton(p: Peers, s: Any, fp8: bool) -> Call:
             quantize(s.x, x, x_scales, *limits)
         routes = (sorted_ids, expert_ids, padded)
         product(x if fp8 else s.x, w13, gate_up, x_scales, w.w13.scales, None, *routes, False, k, *tail)
-        p.ops._C.silu_and_mul(rows, gate_up.view(t * k, 2 * i))
+        activate(rows, gate_up.view(t * k, 2 * i))
         if quantize is not None:
             quantize(rows, rows8, rows_scales, *limits)
         product(

@@ -389,10 +389,9 @@ class Lab:
         e, r = layer.num_experts, t * layer.top_k
         n, depth = (2 * layer.inter, layer.hidden) if case.part == "up" else (layer.hidden, layer.inter)
         matrix = w.w13 if case.part == "up" else w.w2
-        touched = len(np.unique(routed_ids(e, layer.top_k, t, case.routing, 0)))
+        expert_bytes = n * depth * w.bits / 8
         size, out_type = w.row_bytes, w.out_type
         rows_moved = r * depth * size, r * n * ITEMSIZE[out_type]
-        weight_bytes = touched * n * depth * w.bits / 8
         scratch = moecore.grouped_gemm_workspace_bytes(
             r, n, depth, e, out_type, space.device, w.row_format, case.dtype if w.quantized else None
         )
@@ -417,7 +416,9 @@ class Lab:
                 **w.gemm_options(matrix, s.x_scales),
             )
 
-        sets = [make(i) for i in self._sets(sum(rows_moved), weight_bytes)]
+        estimate = _touched(case, 1) * expert_bytes
+        sets = [make(i) for i in self._sets(sum(rows_moved), estimate)]
+        weight_bytes = _touched(case, len(sets)) * expert_bytes
         rng = np.random.default_rng(_SEED)
         sample = _sample(r, _CHECKED_ROWS // 2)
         columns = np.sort(rng.permutation(n)[:_CHECKED_COLUMNS])
@@ -457,8 +458,7 @@ class Lab:
         w = self.weights(layer, case.dtype)
         e, k, h, i = layer.num_experts, layer.top_k, layer.hidden, layer.inter
         out_type = w.out_type
-        touched = len(np.unique(routed_ids(e, k, t, case.routing, 0)))
-        weight_bytes = touched * layer.weights_per_expert * w.bits / 8
+        expert_bytes = layer.weights_per_expert * w.bits / 8
         experts = w.experts()
         workspace = 0
         if space.device != "cpu":
@@ -487,8 +487,10 @@ class Lab:
                 workspace=scratch,
             )
 
-        rotated = self._sets(2 * t * h * ITEMSIZE[out_type], weight_bytes + 8 * t * k * (h + 2 * i))
+        estimate = _touched(case, 1) * expert_bytes + 8 * t * k * (h + 2 * i)
+        rotated = self._sets(2 * t * h * ITEMSIZE[out_type], estimate)
         sets = [make(i) for i in rotated[: max(2, min(len(rotated), 16))]]
+        weight_bytes = _touched(case, len(sets)) * expert_bytes
 
         def check(output: Any) -> Check:
             expected, bound = self._oracle(case, w)
@@ -688,6 +690,16 @@ def routed_ids(num_experts: int, top_k: int, tokens: int, routing: str, index: i
     places = _head_rows(tokens)
     ids[places] = head[: len(places)]
     return ids
+
+
+def _touched(case: Case, sets: int) -> float:
+    """Experts that have tokens, on average over the sets."""
+    layer = case.layer
+    draws = (
+        routed_ids(layer.num_experts, layer.top_k, case.tokens, case.routing, i)
+        for i in range(sets if case.tokens <= 512 else min(sets, 2))
+    )
+    return float(np.mean([len(np.unique(ids)) for ids in draws]))
 
 
 def _draw(
