@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm/kernels.h"
 #include "cpu/kernels/kernels.h"

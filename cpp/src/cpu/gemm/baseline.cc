@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm/kernels.h"
 #include "cpu/kernels/kernels.h"

@@ -3,13 +3,14 @@
 //
 // Codes are decoded kDecodeStep at a time, and come out in whatever order costs least; arrange() brings the
 // elements of x into the same order when they are packed. A decode_<how>.inl, included before, brings
-//   kDecodeStep                          elements of a step
-//   decode_step<e2m1>(codes, from, out)  one step, times what ScaleLanes gives of its scales
-//   arrange<e2m1>(in, out)               one step of f32
-//   ScaleLanes                           the scales of a step, from f32 for each block
+//   kDecodeStep, kDecodeParts    elements of a step, and parts that it is decoded in
+//   decode_part<e2m1, scaled, i>(codes, scales, sink)
+//                                part i of a step: sink(v, w) gets the step's vector v, times its scales
+//   arrange<e2m1>(in, out)       one step of f32
+//   ScaleLanes, Scales           the scales of a step, from an f32 for each block
 
 inline constexpr std::int64_t kDecodedDepth = 512;  // columns decoded at a time, a multiple of every block
-inline constexpr std::int64_t kDecodedScales = kDecodedDepth / 16 + 16;  // with room for a vector behind
+inline constexpr std::int64_t kDecodedScales = kDecodedDepth / 16 + 16;
 static_assert(kDecodedDepth % kDecodeStep == 0);
 
 constexpr std::int64_t whole_steps(std::int64_t depth) {
@@ -45,33 +46,43 @@ inline void read_scales(const Codes& codes, const std::byte* scales, std::int64_
   }
 }
 
-template <bool e2m1>
-void decode_steps(const std::uint8_t* codes, const float* scale, int block, std::int64_t depth, float* out) {
-  const ScaleLanes lanes(block);
-  std::int64_t k = 0;
-  for (; k + kDecodeStep <= depth; k += kDecodeStep)
-    decode_step<e2m1>(codes + (e2m1 ? k / 2 : k), lanes.at(scale, k), out + k);
-  if (k < depth) {  // zeros behind the last element
-    std::uint8_t padded[kDecodeStep] = {};
-    std::memcpy(padded, codes + (e2m1 ? k / 2 : k),
-                static_cast<std::size_t>(e2m1 ? (depth - k) / 2 : depth - k));
-    decode_step<e2m1>(padded, lanes.at(scale, k), out + k);
+/// A row's codes and scales from column `first` (a multiple of 128) on, for up to kDecodedDepth columns.
+struct CodeRun {
+  const std::uint8_t* codes;
+  alignas(64) float scale[kDecodedScales];
+
+  void read(const Codes& c, const std::byte* row, const std::byte* scales, std::int64_t first,
+            std::int64_t depth) {
+    codes = reinterpret_cast<const std::uint8_t*>(row) + (c.e2m1 ? first / 2 : first);
+    const std::int64_t blocks = c.block ? (depth + c.block - 1) / c.block : 0;
+    if (c.block) read_scales(c, scales, first / c.block, blocks, scale);
+    std::fill_n(scale + blocks, 16, 1.0f);  // of blocks that a step has and the row has not
   }
+};
+
+/// body(part) for every part of a step, `part` a constant.
+template <int i = 0, class Body>
+MOECORE_INLINE void for_parts(Body body) {
+  body(std::integral_constant<int, i>{});
+  if constexpr (i + 1 < kDecodeParts) for_parts<i + 1>(body);
 }
 
-/// code * scale of `depth` <= kDecodedDepth columns from `first` (a multiple of 128) on, in the order of
-/// decode_step; zeros up to a whole step.
-inline void decode_row(const Codes& codes, const std::byte* row, const std::byte* scales, std::int64_t first,
-                       std::int64_t depth, float* out) {
-  alignas(64) float scale[kDecodedScales];
-  const std::int64_t blocks = codes.block ? (depth + codes.block - 1) / codes.block : 0;
-  if (codes.block) read_scales(codes, scales, first / codes.block, blocks, scale);
-  std::fill(scale + blocks, scale + kDecodedScales, 1.0f);
-  const auto* bytes = reinterpret_cast<const std::uint8_t*>(row);
-  if (codes.e2m1)
-    decode_steps<true>(bytes + first / 2, scale, codes.block, depth, out);
-  else
-    decode_steps<false>(bytes + first, scale, codes.block, depth, out);
+/// out = code * scale of a run, in the order of decode_part; zeros up to a whole step.
+template <bool e2m1, bool scaled>
+void decode_run(const CodeRun& run, const ScaleLanes& lanes, std::int64_t depth, float* out) {
+  for (std::int64_t k = 0; k < depth; k += kDecodeStep, out += kDecodeStep) {
+    const std::uint8_t* codes = run.codes + (e2m1 ? k / 2 : k);
+    std::uint8_t padded[kDecodeStep] = {};
+    if (const std::int64_t left = depth - k; left < kDecodeStep) {
+      std::memcpy(padded, codes, static_cast<std::size_t>(e2m1 ? left / 2 : left));
+      codes = padded;
+    }
+    const Scales scales = lanes.at(run.scale, k);
+    for_parts([&](auto part) MOECORE_INLINE_LAMBDA {
+      decode_part<e2m1, scaled, part()>(codes, scales,
+                                        [&](int v, Vec w) MOECORE_INLINE_LAMBDA { store(out + v * W, w); });
+    });
+  }
 }
 
 /// The same in memory order and without zeros: for x.

@@ -3,8 +3,8 @@
 // The upper half of an f32 holds every value of e2m1 and e4m3. Its two bytes are looked up for all bytes of a
 // vector at once, then zipped into words; the words at even places become floats by a shift, those at odd
 // places by a mask. What comes out lies in this order, with D = 0 .. 3 and a lane's first element in front:
-//   e2m1, of 32 elements a lane: 16h + 4D + (0, 2, 1, 3) for h = 0, 1
-//   e4m3, of 16 elements a lane: 8h + 2D + (0, 1) for h = 0, 1
+//   e2m1, of 32 elements a lane: 16h + 4D + (0, 2) for h = 0, 1; then 16h + 4D + (1, 3)
+//   e4m3, of 16 elements a lane: 8h + 2D + (0, 1) for h = 0, 1; then the same of the second half of the step
 //
 // e4m3 is s eeee mmm = (s eee)(e mmm), two nibbles. Its exponent's bias is 7, f32's 127, and 120 is even: so
 // the first byte depends on (s eee) alone, the second on (e mmm) alone, except where eee is 0: there the
@@ -14,7 +14,7 @@
 // Over a file's Bytes: bytes_at, table, all_bytes, &, |, ^, +, equal, lookup, high_nibbles, interleave_low
 // and _high, low_words, high_words; and load_lanes, transpose_lanes, even_and_odd, permute.
 
-inline constexpr int kDecodeStep = 8 * W;
+inline constexpr int kDecodeStep = 8 * W, kDecodeParts = 4;
 
 struct ByteTable {
   alignas(16) std::uint8_t bytes[16];
@@ -50,14 +50,14 @@ inline constexpr ByteTable kNormalLow = [] {
 }();
 
 // A step has a scale for every lane and, where blocks are half a lane, for every half of one.
+struct Scales {
+  Vec half[2];
+};
 struct ScaleLanes {
-  struct Scales {
-    Vec half[2];
-  };
-  int block;
+  int shift;  // from a column to its block; no block: to 0
   Ints first, second;
 
-  explicit ScaleLanes(int block) : block(block) {
+  explicit ScaleLanes(int block) : shift(block ? __builtin_ctz(static_cast<unsigned>(block)) : 62) {
     // e2m1: a lane is 32 columns. e4m3 scales are those of 128 columns, which a step of 64 or 128 lies in.
     const int step = block == 16 ? 2 : block == 32 ? 1 : 0;
     std::int32_t index[W];
@@ -66,43 +66,36 @@ struct ScaleLanes {
     second = first + set_int(block == 16);
   }
   Scales at(const float* scale, std::int64_t k) const {
-    const Vec s = load(scale + (block ? k / block : 0));
+    const Vec s = load(scale + (k >> shift));
     return {permute(s, first), permute(s, second)};
   }
 };
 
-template <bool e2m1>
-MOECORE_INLINE void decode_step(const std::uint8_t* codes, const ScaleLanes::Scales& scales, float* out) {
+// Part i = 0 .. 3 of a step as words: two vectors of floats.
+template <bool e2m1, int i>
+MOECORE_INLINE Bytes decode_words(const std::uint8_t* codes) {
+  Bytes low, high;
   if constexpr (e2m1) {
-    const Bytes v = bytes_at(codes), even = v & all_bytes(15), odd = high_nibbles(v);
-    const Bytes tl = table(kE2m1Low.bytes), th = table(kE2m1High.bytes);
-    const Bytes el = lookup(tl, even), eh = lookup(th, even), ol = lookup(tl, odd), oh = lookup(th, odd);
-    const Bytes words[4] = {interleave_low(el, eh), interleave_low(ol, oh), interleave_high(el, eh),
-                            interleave_high(ol, oh)};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      store(out + 2 * i * W, low_words(words[i]) * scales.half[i / 2]);
-      store(out + (2 * i + 1) * W, high_words(words[i]) * scales.half[i / 2]);
-    }
+    const Bytes v = bytes_at(codes), nibbles = i < 2 ? v & all_bytes(15) : high_nibbles(v);
+    low = lookup(table(kE2m1Low.bytes), nibbles);
+    high = lookup(table(kE2m1High.bytes), nibbles);
   } else {
-#pragma GCC unroll 2
-    for (int part = 0; part < 2; ++part) {
-      const Bytes v = bytes_at(codes + part * 4 * W), magnitude = v & all_bytes(0x7F);
-      // Its low nibble is (e mmm), its highest bit whether eee is not 0.
-      const Bytes normal = magnitude + all_bytes(0x70), small = normal ^ all_bytes(-0x80);
-      const Bytes nan = equal(magnitude, all_bytes(0x7F));
-      const Bytes high =
-          lookup(table(kNormalHigh.bytes), high_nibbles(v)) | lookup(table(kSmallHigh.bytes), normal) | nan;
-      const Bytes low = lookup(table(kNormalLow.bytes), small) | lookup(table(kSmallLow.bytes), normal);
-      const Bytes words[2] = {interleave_low(low, high), interleave_high(low, high)};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        float* to = out + (part * 4 + 2 * i) * W;
-        store(to, low_words(words[i]) * scales.half[0]);
-        store(to + W, high_words(words[i]) * scales.half[0]);
-      }
-    }
+    const Bytes v = bytes_at(codes + i / 2 * 4 * W), magnitude = v & all_bytes(0x7F);
+    // Its low nibble is (e mmm), its highest bit whether eee is not 0.
+    const Bytes normal = magnitude + all_bytes(0x70), small = normal ^ all_bytes(-0x80);
+    const Bytes nan = equal(magnitude, all_bytes(0x7F));
+    high = lookup(table(kNormalHigh.bytes), high_nibbles(v)) | lookup(table(kSmallHigh.bytes), normal) | nan;
+    low = lookup(table(kNormalLow.bytes), small) | lookup(table(kSmallLow.bytes), normal);
   }
+  return i % 2 == 0 ? interleave_low(low, high) : interleave_high(low, high);
+}
+
+template <bool e2m1, bool scaled, int i, class Sink>
+MOECORE_INLINE void decode_part(const std::uint8_t* codes, const Scales& scales, Sink sink) {
+  const Bytes words = decode_words<e2m1, i>(codes);
+  const Vec even = low_words(words), odd = high_words(words), scale = scales.half[e2m1 ? i % 2 : 0];
+  sink(2 * i, scaled ? even * scale : even);
+  sink(2 * i + 1, scaled ? odd * scale : odd);
 }
 
 template <bool e2m1>
@@ -112,8 +105,7 @@ MOECORE_INLINE void arrange(const float* in, float* out) {
       Vec v[4];
       for (int q = 0; q < 4; ++q) v[q] = load_lanes(in + 16 * h + 4 * q, 32);
       transpose_lanes(v);
-      constexpr int kOrder[4] = {0, 2, 1, 3};
-      for (int i = 0; i < 4; ++i) store(out + (4 * h + i) * W, v[kOrder[i]]);
+      for (int q = 0; q < 4; ++q) store(out + (2 * h + q / 2 + q % 2 * 4) * W, v[q]);
     }
   } else {
     for (int part = 0; part < 2; ++part)

@@ -167,39 +167,127 @@ template <class P, int kRows>
 void dot_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
              std::int64_t packed, float* c) {
   constexpr int kCols = P::cols(kRows);
-  constexpr std::int64_t kDepth = P::kDecodes ? kDecodedDepth : kSumDepth;
   const int tiles = run.rows / kCols;
   for (int t = 0; t < tiles + run.rows % kCols; ++t) {
     const bool full = t < tiles;
     const int col = full ? t : kCols * tiles + (t - tiles);
-    const std::byte* w = run.data + col * p.w_pitch;
-    const auto multiply = full ? dot_groups<P, kRows, kCols> : dot_groups<P, kRows, 1>;
-    for (std::int64_t first = 0; first == 0 || first < packed; first += kDepth) {
-      const std::int64_t depth = std::min(kDepth, packed - first);
-      const bool fresh = start + first == 0;
-      if constexpr (P::kDecodes) {
-        alignas(64) float decoded[kCols][kDecodedDepth];
-        for (int j = 0; j < (full ? kCols : 1); ++j)
-          decode_row(*p.w_codes, w + j * tiles * p.w_pitch, p.w_codes->scales_of(run.first + col + j * tiles),
-                     start + first, depth, decoded[j]);
-        const Tile tile{reinterpret_cast<const std::byte*>(decoded), sizeof decoded[0], 0, tiles};
-        multiply(x, first / P::kStep, tile, whole_steps(depth), fresh, c + col, p.c_pitch);
-      } else {
-        const Tile tile{w + (start + first) * P::kWBytes, tiles * p.w_pitch, p.w_pitch, tiles};
-        multiply(x, first / P::kStep, tile, depth, fresh, c + col, p.c_pitch);
-      }
+    for (std::int64_t first = 0; first == 0 || first < packed; first += kSumDepth) {
+      const Tile tile{run.data + col * p.w_pitch + (start + first) * P::kWBytes, tiles * p.w_pitch, p.w_pitch,
+                      tiles};
+      const auto multiply = full ? dot_groups<P, kRows, kCols> : dot_groups<P, kRows, 1>;
+      multiply(x, first / P::kStep, tile, std::min(kSumDepth, packed - first), start + first == 0, c + col,
+               p.c_pitch);
     }
   }
 }
 
-// dot_run for the number of rows in the largest group, a switch unrolled.
+// Codes that one group of rows meets straight from the registers they are decoded in. The same sums in the
+// same order as dot_tile on what decode_run stores.
+template <class P, bool e2m1, bool scaled, int kRows, int kCols>
+void decoding_tile(const Vec* x, const CodeRun (&w)[kCols], const ScaleLanes& lanes, std::int64_t depth,
+                   bool fresh, float* c, int c_pitch, int c_step) {
+  Vec sum[kRows][kCols];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j) sum[i][j] = P::zero();
+
+  // The columns take turns part by part, so that their chains of additions overlap.
+  constexpr std::int64_t kAhead = 1024;  // bytes of each row
+  const std::uint8_t* codes[kCols];
+  std::uint8_t padded[kCols][kDecodeStep];
+  for (std::int64_t k = 0; k < depth; k += kDecodeStep, x += kDecodeStep / W * kRows) {
+    Scales scales[kCols];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j) {
+      codes[j] = w[j].codes + (e2m1 ? k / 2 : k);
+      __builtin_prefetch(codes[j] + kAhead);
+      scales[j] = lanes.at(w[j].scale, k);
+    }
+    if (const std::int64_t left = depth - k; left < kDecodeStep)
+      for (int j = 0; j < kCols; ++j) {
+        std::memset(padded[j], 0, sizeof padded[j]);
+        std::memcpy(padded[j], codes[j], static_cast<std::size_t>(e2m1 ? left / 2 : left));
+        codes[j] = padded[j];
+      }
+    for_parts([&](auto part) MOECORE_INLINE_LAMBDA {
+#pragma GCC unroll 8
+      for (int j = 0; j < kCols; ++j)
+        decode_part<e2m1, scaled, part()>(codes[j], scales[j], [&](int v, Vec wv) MOECORE_INLINE_LAMBDA {
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) sum[i][j] = P::multiply_add(x[v * kRows + i], wv, sum[i][j]);
+        });
+    });
+  }
+
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j) {
+      float& to = c[i * c_pitch + j * c_step];
+      to = (fresh ? 0.0f : to) + P::add_lanes(sum[i][j]);
+    }
+}
+
+// dot_run for weights that are codes. One group of few rows decodes as it multiplies; otherwise a tile is
+// decoded once, into L1, for all groups.
+template <class P, bool e2m1, bool scaled, int kRows, int kCols>
+void decoding_tile_run(const Product& p, const Panel<P>& x, const WeightRows& run, int col, int c_step,
+                       std::int64_t start, std::int64_t packed, float* c) {
+  const ScaleLanes lanes(p.w_codes->block);
+  for (std::int64_t first = 0; first == 0 || first < packed; first += kDecodedDepth) {
+    const std::int64_t depth = std::min(kDecodedDepth, packed - first);
+    const bool fresh = start + first == 0;
+    CodeRun codes[kCols];
+    for (int j = 0; j < kCols; ++j) {
+      const int n = col + j * c_step;
+      codes[j].read(*p.w_codes, run.data + n * p.w_pitch, p.w_codes->scales_of(run.first + n), start + first,
+                    depth);
+    }
+    if (x.groups.count == 1 && kRows <= P::kDecodingRows) {
+      decoding_tile<P, e2m1, scaled, kRows>(x.data + first / W * kRows, codes, lanes, depth, fresh, c + col,
+                                            p.c_pitch, c_step);
+    } else {
+      alignas(64) float decoded[kCols][kDecodedDepth];
+      for (int j = 0; j < kCols; ++j) decode_run<e2m1, scaled>(codes[j], lanes, depth, decoded[j]);
+      const Tile tile{reinterpret_cast<const std::byte*>(decoded), sizeof decoded[0], 0, c_step};
+      dot_groups<P, kRows, kCols>(x, first / P::kStep, tile, whole_steps(depth), fresh, c + col, p.c_pitch);
+    }
+  }
+}
+
+template <class P, bool e2m1, bool scaled, int kRows>
+void decoding_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
+                  std::int64_t packed, float* c) {
+  constexpr int kCols = P::cols(kRows);
+  const int tiles = run.rows / kCols;
+  for (int t = 0; t < tiles; ++t)
+    decoding_tile_run<P, e2m1, scaled, kRows, kCols>(p, x, run, t, tiles, start, packed, c);
+  for (int n = tiles * kCols; n < run.rows; ++n)
+    decoding_tile_run<P, e2m1, scaled, kRows, 1>(p, x, run, n, 1, start, packed, c);
+}
+
+template <class P, int kRows>
+void dot_any_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
+                 std::int64_t packed, float* c) {
+  if constexpr (!P::kDecodes)
+    dot_run<P, kRows>(p, x, run, start, packed, c);
+  else if (p.w_codes->e2m1)
+    decoding_run<P, true, true, kRows>(p, x, run, start, packed, c);
+  else if (p.w_codes->block)
+    decoding_run<P, false, true, kRows>(p, x, run, start, packed, c);
+  else
+    decoding_run<P, false, false, kRows>(p, x, run, start, packed, c);
+}
+
+// The same for the number of rows in the largest group, a switch unrolled.
 template <class P, int kRows>
 void dot_run_for(int rows, const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
                  std::int64_t packed, float* c) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return dot_run_for<P, kRows - 1>(rows, p, x, run, start, packed, c);
   }
-  dot_run<P, kRows>(p, x, run, start, packed, c);
+  dot_any_run<P, kRows>(p, x, run, start, packed, c);
 }
 
 template <class P>
@@ -254,5 +342,6 @@ struct Decoded : Widened<T, kTileRows> {
   using X = T;
   static constexpr int kWBytes = sizeof(float);
   static constexpr bool kDecodes = true;
+  static constexpr int kDecodingRows = 2;  // more rows want the registers for their sums
   static Vec w(const std::byte* p) { return load(reinterpret_cast<const float*>(p)); }
 };

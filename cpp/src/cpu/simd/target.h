@@ -10,6 +10,7 @@
 // Vectors are passed by value, so every helper on them must be inlined: out of line they would take another
 // ABI on each level.
 #define MOECORE_INLINE [[gnu::always_inline]] inline
+#define MOECORE_INLINE_LAMBDA __attribute__((always_inline))
 
 #define MOECORE_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
