@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import moecore  # noqa: E402
 import moecore.integrations.transformers as integration  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
@@ -481,3 +482,100 @@ def test_not_slower_than_grouped_mm_by_an_order_of_magnitude():
             times.append(time.perf_counter() - start)
         seconds[implementation] = min(times)
     assert seconds["moecore"] < 10 * seconds["grouped_mm"]
+
+
+# --- FP8 ---
+
+
+def fp8_weights(w):
+    """e4m3 codes and the scales of 128 x 128 blocks, as an FP8 checkpoint holds them."""
+    e, n, k = w.shape
+    blocks = w.view(e, n // 128, 128, k // 128, 128)
+    scale = blocks.abs().amax((2, 4)) / 448
+    codes = (blocks / scale[:, :, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(e, n, k), scale
+
+
+def fp8_model(activation="silu"):
+    """A small Qwen3-MoE whose experts are FP8Experts, and the same with their weights dequantised."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if not hasattr(fp8, "ALL_FP8_EXPERTS_FUNCTIONS"):
+        pytest.skip("this transformers has no interface for FP8 experts")
+    from transformers.integrations.moe import use_experts_implementation
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        **{**COMMON, "hidden_size": 256},
+        head_dim=64,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        hidden_act=activation,
+    )
+    exact = transformers.Qwen3MoeForCausalLM(config).eval()
+    model = copy.deepcopy(exact)
+    experts_class = use_experts_implementation(
+        experts_class=type("FP8TestExperts", (fp8.FP8Experts,), {}),
+        experts_interface=fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+    )
+    for layer, other in zip(model.model.layers, exact.model.layers, strict=True):
+        old, new = layer.mlp.experts, experts_class(config=model.config, block_size=(128, 128))
+        for name in ("gate_up_proj", "down_proj"):
+            codes, scale = fp8_weights(getattr(old, name).data)
+            setattr(new, name, torch.nn.Parameter(codes, requires_grad=False))
+            setattr(new, f"{name}_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+            wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+            getattr(other.mlp.experts, name).data = codes.float() * wide
+        layer.mlp.experts = new
+    return model, exact
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_experts(compiled):
+    model, exact = fp8_model()
+    tokens = torch.randint(0, 257, (2, 17), generator=torch.Generator().manual_seed(1))
+    model.set_experts_implementation("moecore")
+    with torch.no_grad():
+        expected = exact(tokens).logits
+        run_model = torch.compile(model, backend="aot_eager") if compiled else model
+        actual = run_model(tokens).logits
+    # What is left is the quantisation of the activations: e4m3 keeps 2^-4 of a block's largest magnitude.
+    assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_fp8_experts_quantise_activations_in_blocks():
+    model, _ = fp8_model("gelu_pytorch_tanh")
+    experts = model.model.layers[0].mlp.experts
+    experts.config._experts_implementation = "moecore"
+    x, weights = torch.randn(9, 256).bfloat16(), torch.rand(9, 2)
+    ids = torch.randint(0, 9, (9, 2))  # 8 is the sentinel
+    with torch.no_grad():
+        out = experts(x, ids, weights)
+    layer = moecore.Experts(
+        experts.gate_up_proj.data,
+        experts.down_proj.data,
+        order="gate_up",
+        activation="gelu_tanh",
+        weight_format="fp8_block128",
+        w13_scales=experts.gate_up_proj_scale_inv.data,
+        w2_scales=experts.down_proj_scale_inv.data,
+    )
+    assert torch.equal(out, moecore.fused_experts(x, weights, ids, layer, x_format="fp8_block128"))
+
+
+def test_fp8_experts_that_have_no_path_are_refused():
+    model, _ = fp8_model()
+    experts = model.model.layers[0].mlp.experts
+    experts.config._experts_implementation = "moecore"
+    experts.block_size = (64, 64)
+    inputs = torch.randn(2, 256), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=r"block_size is \(64, 64\), expected \(128, 128\)"),
+    ):
+        experts(*inputs)
+    experts.block_size, experts.activation_scheme = (128, 128), "static"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="activation_scheme is static"):
+        experts(*inputs)

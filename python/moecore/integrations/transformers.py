@@ -11,6 +11,10 @@ probe, once per module: a formula that moecore does not have is refused by name 
 Weights are used where they lie. Transposed ones ([E, H, 2I] as in gpt-oss) are brought to [E, 2I, H] once and
 kept until their storage dies or is written to, which doubles the memory of those layers.
 
+FP8 checkpoints with blocks of 128 x 128 (DeepSeek-V3, Qwen3-FP8: ``FP8Experts``) keep their e4m3 weights and
+``weight_scale_inv`` as they are; activations are quantised in blocks of 128 before each product, as those
+models prescribe.
+
 Forward only: with gradients enabled on any input the call raises. Slots whose id is ``num_experts`` (the
 sentinel of expert parallelism) are dropped.
 """
@@ -30,7 +34,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moecore
 
-__all__ = ["experts_forward", "register"]
+__all__ = ["experts_forward", "fp8_experts_forward", "register"]
 
 NAME = "moecore"
 
@@ -40,6 +44,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def register() -> None:
     """Make ``"moecore"`` an experts implementation of transformers. Importing the module does it too."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:  # a transformers whose FP8 experts take no other implementation
+        return
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, fp8_experts_forward)
 
 
 def experts_forward(
@@ -88,6 +97,38 @@ def experts_forward(
     return out.to(hidden_states.dtype)
 
 
+def fp8_experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """experts_forward() for ``FP8Experts``: weights e4m3 with f32 scales of 128 x 128 blocks.
+
+    Raises NotImplementedError for other blocks, static activation scales, e8m0 scales, experts without a gate
+    and FP4 weights.
+    """
+    layer = _describe_fp8(self)
+    if top_k_weights.dtype not in _DTYPES:
+        top_k_weights = top_k_weights.float()
+    with torch.no_grad():
+        out: torch.Tensor = torch.ops.moecore_transformers.fp8_experts(
+            hidden_states.detach(),
+            top_k_weights.detach(),
+            top_k_index,
+            self.gate_up_proj.detach(),
+            self.down_proj.detach(),
+            self.gate_up_proj_scale_inv.detach(),
+            self.down_proj_scale_inv.detach(),
+            layer.kind,
+            layer.order,
+            layer.alpha,
+            layer.beta,
+            layer.limit,
+        )
+    return out
+
+
 # --- What a module is ---------------------------------------------------------------------------------------
 
 
@@ -132,6 +173,31 @@ def _describe(module: Any) -> _Layer:
         owner, module.has_gate, module.has_bias, module.is_transposed, kind, order, alpha, beta, limit
     )
     _layers[module] = (act_fn, dtype, layer)
+    return layer
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _describe_fp8(module: Any) -> _Layer:
+    """The same for FP8Experts."""
+    act_fn = getattr(module, "act_fn", None)
+    known = _layers.get(module)
+    if known is not None and known[0] is act_fn:
+        return known[2]
+    owner = type(module).__name__
+    expected = {
+        "block_size": (module.block_size and tuple(module.block_size), (128, 128)),
+        "activation_scheme": (module.activation_scheme, "dynamic"),
+        "has_gate": (module.has_gate, True),
+        "down_proj.dtype": (module.down_proj.dtype, torch.float8_e4m3fn),
+        "down_proj_scale_inv.dtype": (module.down_proj_scale_inv.dtype, torch.float32),
+    }
+    for name, (actual, wanted) in expected.items():
+        if actual != wanted:
+            raise NotImplementedError(f"moecore: {owner}.{name} is {actual}, expected {wanted}. {_ADVICE}")
+    kind, alpha, beta, limit = _recognise_activation(module)
+    order = "gate_up" if module.is_concatenated else "interleaved"
+    layer = _Layer(owner, True, False, False, kind, order, alpha, beta, limit)
+    _layers[module] = (act_fn, module.down_proj.dtype, layer)
     return layer
 
 
@@ -257,6 +323,49 @@ _library.impl("experts", _experts, "CPU")
 _library.impl("experts", _experts, "CUDA")
 torch.library.register_fake(
     "moecore_transformers::experts", lambda x, *rest: torch.empty_like(x), lib=_library
+)
+
+
+_library.define(
+    "fp8_experts(Tensor x, Tensor weights, Tensor ids, Tensor gate_up, Tensor down, Tensor gate_up_scales, "
+    "Tensor down_scales, str kind, str order, float alpha, float beta, float limit) -> Tensor"
+)
+
+
+def _fp8_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    down_scales: torch.Tensor,
+    kind: str,
+    order: str,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> torch.Tensor:
+    experts = moecore.Experts(
+        gate_up,
+        down,
+        activation=kind,
+        order=order,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        weight_format="fp8_block128",
+        w13_scales=gate_up_scales,
+        w2_scales=down_scales,
+    )
+    x, weights, ids = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weights, ids))
+    return moecore.fused_experts(x, weights, ids, experts, x_format="fp8_block128")
+
+
+_library.impl("fp8_experts", _fp8_experts, "CPU")
+_library.impl("fp8_experts", _fp8_experts, "CUDA")
+torch.library.register_fake(
+    "moecore_transformers::fp8_experts", lambda x, *rest: torch.empty_like(x), lib=_library
 )
 
 
