@@ -4,9 +4,10 @@
     PYTHONPATH=build/dev/python python bench/report.py            # rewrites them
     PYTHONPATH=build/dev/python python bench/report.py --check    # exit 1 if anything would change
 
-Reads every file that `moecore bench --out` wrote there; where files of one machine hold a case twice, the
-later run counts. Text is replaced between `<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need
-matplotlib; the same results give the same bytes.
+Reads every file that `moecore bench --out` wrote there. A time holds beside those of its own run only, so
+where files of one machine hold a case twice, the run with more peers counts, then the later one. Text is
+replaced between `<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need matplotlib; the same results give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ TITLES = {
     "grouped_gemm.up": "The first product, `grouped_gemm` with N = 2I",
     "grouped_gemm.down": "The second product, `grouped_gemm` with N = H",
 }
+STRONGEST = {"fused_experts": "vllm", "grouped_gemm": "deep_gemm"}
+EARLIER = "h200-layer-bf16-2026-11-21.jsonl"  # of a driver of its own, beside vLLM's Triton and DeepGEMM
 LAYER_DTYPES = ("bf16", "fp8_block128", "mxfp4")
 
 
@@ -50,8 +53,16 @@ class Machine:
         return [t for (_, by), t in self.times.items() if by == "moecore"]
 
     def best_peer(self, case: str) -> dict[str, Any] | None:
-        """The fastest peer whose result was right, or could not be compared."""
+        """The fastest peer whose result was right, or could not be compared.
+
+        None where the run lacked the library that is known to be the fastest for the op: a ratio to the
+        others would say little.
+        """
         peers = [t for (c, by), t in self.times.items() if c == case and by != "moecore"]
+        op = case.partition("/")[0].partition(".")[0]
+        needed = STRONGEST.get(op) if self.is_gpu else None
+        if needed is not None and all(t["peer"] != needed for t in peers):
+            return None
         return min((t for t in peers if t.get("check") != "FAIL"), key=lambda t: t["us"], default=None)
 
 
@@ -70,10 +81,22 @@ def load(folder: Path) -> list[Machine]:
             name += f", {hardware['isa']}, {hardware['threads']} threads"
         machine = machines.setdefault(name, Machine(name, hardware["device"] != "cpu", [], {}))
         machine.runs.append(records[0])
-        for record in records[1:]:
-            if "us" in record and record["routing"] == "uniform":
-                machine.times[record["case"], record["by"]] = record
+        for case, found in by_case(records[1:]).items():
+            held = [key for key in machine.times if key[0] == case]
+            if len(found) >= len(held):
+                for key in held:
+                    del machine.times[key]
+                machine.times |= {(case, by): record for by, record in found.items()}
     return sorted(machines.values(), key=lambda m: (not m.is_gpu, m.name))
+
+
+def by_case(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Times of uniform routing: case, then who."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if "us" in record and record["routing"] == "uniform":
+            found.setdefault(record["case"], {})[record["by"]] = record
+    return found
 
 
 # --- Tables -------------------------------------------------------------------------------------------------
@@ -156,7 +179,15 @@ def tables(machine: Machine) -> str:
 
 def summary(machine: Machine) -> str:
     """One row per op: the geometric means over all cases, small and large batches apart."""
+    beside: dict[str, int] = {}
+    for t in machine.times.values():
+        if "peer" in t:
+            beside[t["peer"]] = beside.get(t["peer"], 0) + 1
     lines = [
+        f"{len(machine.ours())} cases; measurements of peers: "
+        + ", ".join(f"{name} {count}" for name, count in sorted(beside.items()))
+        + ". A ratio is to the fastest of those that the case's own run had.",
+        "",
         "| op | type | cases | of roof, T >= 1024 | best peer's time over ours: T <= 8 | 64, 256 | >= 1024 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -185,13 +216,53 @@ def mean(values: Iterable[float]) -> float:
     return math.exp(sum(math.log(v) for v in found) / len(found))
 
 
-def readme(machines: list[Machine]) -> str:
-    """The layer at three batch sizes, in milliseconds."""
+def earlier(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The bf16 layers of the earlier file: model, then T."""
+    path = results / EARLIER
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record["what"] == "layer":
+                name = next(m for m in MODELS if m.startswith(record["model"]))
+                found.setdefault(name, {})[record["tokens"]] = record
+    return found
+
+
+def earlier_table(results: Path) -> str:
+    """Microseconds of moecore, and of the faster of vLLM's Triton layer and torch over it."""
+    layers = earlier(results)
+    tokens = sorted({t for cells in layers.values() for t in cells})
+    lines = ["| layer | " + " | ".join(f"T={t}" for t in tokens) + " |", "|---|" + "---|" * len(tokens)]
+    for model, cells in layers.items():
+        texts = (
+            f"{number(cells[t]['moecore_us'])} {cells[t]['best_peer_over_moecore']:.2f}x"
+            if t in cells
+            else ""
+            for t in tokens
+        )
+        lines.append(f"| {model} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def readme(machines: list[Machine], results: Path) -> str:
+    """The layer at a few batch sizes, in milliseconds."""
     lines = ["| machine | layer | weights | T | moecore | fastest other |", "|---|---|---|---|---|---|"]
+    models = ("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3")
+    before = earlier(results)
+    for model in (m for m in models if m in before):
+        counts = [t for t in (1, 64, 1024, 4096) if t in before[model]]
+        cells = [before[model][t] for t in counts]
+        ours = " / ".join(f"{c['moecore_us'] / 1e3:.3g}" for c in cells)
+        others = " / ".join(f"{c['moecore_us'] * c['best_peer_over_moecore'] / 1e3:.3g}" for c in cells)
+        lines.append(
+            f"| H200 | {model} | bf16 | {' / '.join(map(str, counts))} | {ours} | "
+            f"{others} (vLLM's Triton or torch) |"
+        )
     for machine in machines:
         times = {t["case"]: t for t in machine.ours() if t["op"] == "fused_experts"}
-        for model in ("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3"):
-            for dtype in LAYER_DTYPES:
+        for model in models:
+            for dtype in LAYER_DTYPES[1:] if machine.is_gpu and model in before else LAYER_DTYPES:
                 cases = [f"fused_experts/{model}/T{t}/{dtype}" for t in (1, 64, 1024, 4096)]
                 cases = [c for c in cases if c in times]
                 if not cases:
@@ -203,7 +274,7 @@ def readme(machines: list[Machine]) -> str:
                 ours = " / ".join(f"{times[c]['us'] / 1e3:.3g}" for c in cases)
                 lines.append(
                     f"| {short_name(machine)} | {model} | {dtype} | {counts} | {ours} | "
-                    f"{f'{others} ({by})' if by else 'none'} |"
+                    f"{f'{others} ({by})' if by else 'not measured'} |"
                 )
     return "\n".join(lines)
 
@@ -286,7 +357,8 @@ def draw_layer_roofline(machine: Machine) -> bytes:
                 zorder=3,
             )
         axis.set(xscale="log", yscale="log", title=op, xlabel="FLOP per byte")
-        axis.legend(loc="lower right")
+        if records:
+            axis.legend(loc="lower right")
     axes[0].set_ylabel("TFLOP/s")
     figure.suptitle(f"{short_name(machine)}: all layers and batch sizes below the measured roof", y=1.03)
     return svg(figure)
@@ -413,12 +485,14 @@ PICTURES: dict[str, Callable[[Machine], bytes]] = {
 def build(results: Path, root: Path) -> dict[Path, bytes]:
     """Every file that the results determine, with its contents."""
     machines = load(results)
-    blocks = {"readme": readme(machines)}
+    blocks = {"readme": readme(machines, results), "gpu-earlier": earlier_table(results)}
     files: dict[Path, bytes] = {}
     for machine in machines:
         tag = "gpu" if machine.is_gpu else "cpu"
         blocks |= {f"{tag}-summary": summary(machine), f"{tag}-tables": tables(machine)}
         for name, draw in PICTURES.items():
+            if name in ("time", "roofline-layer") and "fused_experts" not in op_keys(machine):
+                continue
             files[root / "docs" / f"{name}-{tag}.svg"] = draw(machine)
     for path in (root / "docs" / "performance.md", root / "README.md"):
         if path.exists():
