@@ -19,7 +19,14 @@ from moecore import _core
 
 __all__ = ["Array", "Arrays", "DeviceMissingError", "open_device"]
 
-_NATIVE = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32, "i64": np.int64}
+_NATIVE = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "i32": np.int32,
+    "i64": np.int64,
+    "u8": np.uint8,
+}
 
 
 class DeviceMissingError(Exception):
@@ -83,7 +90,7 @@ class _TorchArrays(Arrays):
         return self._array(tensor, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        kind = {"f32": "float32", "f16": "float16", "bf16": "int16", "i32": "int32", "i64": "int64"}[dtype]
+        kind = "int16" if dtype == "bf16" else np.dtype(_NATIVE[dtype]).name
         return self._array(
             self._torch.empty(shape, dtype=getattr(self._torch, kind), device=self.device), dtype
         )

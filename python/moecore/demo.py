@@ -133,6 +133,11 @@ def explain(op: str, model: str, tokens: int, dtype: str, device: str) -> str:
             {},
         ),
         "transpose_experts": lambda: ((empty(e, h, 2 * i),), {}),
+        "quantize": lambda: ((x, "fp8_block128"), {}),
+        "dequantize": lambda: (
+            (empty(tokens, h, of="u8"), empty(tokens, -(-h // 128), of="f32"), "fp8_block128"),
+            {},
+        ),
     }
     arguments, options = calls[op]()
     reasons = moecore.explain(op, *arguments, **options)

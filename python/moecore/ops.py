@@ -964,11 +964,13 @@ def _padded(size: int) -> int:
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Which kernel and policy `op` would take for these arguments, and why; runs nothing.
 
-    `op` is the name of a function of this module; the arguments are its own, and are validated.
+    `op` is the name of a function of moecore; the arguments are its own, and are validated.
     """
-    call = globals()[op] if op in OPS else None
-    if call is None:
+    if op not in OPS:
         raise ValueError(f'explain: op is "{op}", expected one of {", ".join(OPS)}')
+    import moecore
+
+    call = getattr(moecore, op)
     _core.explain_begin()
     try:
         call(*args, **kwargs)
@@ -987,18 +989,30 @@ OPS = (
     "finalize",
     "fused_experts",
     "transpose_experts",
+    "quantize",
+    "dequantize",
 )
-"""The names of the ops, in the order of the data path."""
+"""The names of the ops, in the order of the data path, then those beside it."""
 
 __all__ = [
-    *OPS,
+    "OPS",
     "Experts",
     "Framework",
-    "OPS",
     "Plan",
+    "activate",
     "explain",
+    "finalize",
+    "finalize_quantize",
+    "fused_experts",
     "fused_experts_workspace_bytes",
+    "grouped_gemm",
     "grouped_gemm_workspace_bytes",
+    "permute",
+    "plan",
     "plan_workspace_bytes",
+    "route",
+    "route_plan",
+    "shuffle_rows",
+    "transpose_experts",
     "view_as",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moecore import _core
 from moecore._core import QuantFormat, expert_scale_rows
 from moecore._frameworks import framework_of
-from moecore.ops import Plan
+from moecore.ops import Plan, _compiled
 from moecore.typing import DLPackTensor, StreamLike
 
 
@@ -29,6 +29,12 @@ def _rows_options(
     expert_offsets: DLPackTensor | None, scale_offsets: DLPackTensor | None, row_counts: DLPackTensor | None
 ) -> dict[str, DLPackTensor | None]:
     return {"expert_offsets": expert_offsets, "scale_offsets": scale_offsets, "row_counts": row_counts}
+
+
+def padded_columns(format: QuantFormat, cols: Any, multiple: int) -> Any:
+    """Columns of the output: `cols` rounded up to `multiple`, and to whole bytes."""
+    step = max(multiple, 1) * (2 if format.is_fp4 and multiple % 2 else 1)
+    return -(-cols // step) * step
 
 
 def _scale_rows(format: QuantFormat, rows: int, experts: Any, row_counts: Any) -> int:
@@ -75,6 +81,26 @@ def quantize(
 
     Bytes that belong to no row are undefined without `out` and untouched with it.
     """
+    if (compiled := _compiled()) is not None:
+        return Quantized(
+            *compiled.quantize(
+                x,
+                format,
+                global_scale,
+                scale,
+                plan,
+                expert_offsets,
+                scale_offsets,
+                row_counts,
+                activation,
+                order,
+                alpha,
+                beta,
+                limit,
+                multiple,
+                out,
+            )
+        )
     fmt = QuantFormat(format) if isinstance(format, str) else format
     fw = framework_of("quantize", "x", x)
     fw.admit("quantize", x, scale, global_scale)
@@ -84,8 +110,7 @@ def quantize(
         expert_offsets, scale_offsets = plan.expert_offsets, plan.scale_offsets
     cols = width // 2 if activation is not None and order != "plain" else width
     if out is None:
-        step = max(multiple, 1) * (2 if fmt.is_fp4 and multiple % 2 else 1)
-        padded = -(-cols // step) * step
+        padded = padded_columns(fmt, cols, multiple)
         data = fw.empty(x, (rows, padded // 2 if fmt.is_fp4 else padded), "u8")
         if scale is None:
             scale_rows, scale_cols = fmt.scale_shape(rows, padded)
@@ -128,6 +153,19 @@ def dequantize(
     stream: StreamLike = None,
 ) -> Any:
     """RN(code * scale), of data and scales as quantize() gives them -> [R,hidden] of `dtype`."""
+    if (compiled := _compiled()) is not None:
+        return compiled.dequantize(
+            data,
+            scales,
+            format,
+            dtype,
+            hidden,
+            global_scale,
+            expert_offsets,
+            scale_offsets,
+            row_counts,
+            out,
+        )
     fmt = QuantFormat(format) if isinstance(format, str) else format
     fw = framework_of("dequantize", "data", data)
     if out is None:
@@ -155,6 +193,8 @@ def global_scale(
     stream: StreamLike = None,
 ) -> Any:
     """nvfp4's global scale min(2688 / largest |x|, largest f32), 1 for zeros. x [R,H] -> f32 [1], or [E]."""
+    if (compiled := _compiled()) is not None:
+        return compiled.global_scale(x, expert_offsets, row_counts, per_expert, out)
     fw = framework_of("global_scale", "x", x)
     fw.admit("global_scale", x)
     if out is None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moecore import ops
+from moecore import ops, quantization
 from moecore._core import QuantFormat
 from moecore.ops import Experts, Plan
 
@@ -238,6 +238,102 @@ def _fused_experts(
     )  # fmt: skip
 
 
+def _format_object(name: str) -> QuantFormat:
+    kept = _format(name)
+    return kept if isinstance(kept, QuantFormat) else QuantFormat(name)
+
+
+def _up(n: Any, multiple: int) -> Any:
+    return (n + multiple - 1) // multiple * multiple
+
+
+def _scale_shape(format: QuantFormat, rows: Any, cols: Any, experts: Any, groups: Any) -> tuple[Any, Any]:
+    """QuantFormat.scale_shape() and expert_scale_rows() for sizes that may be symbols."""
+    if format.block == 0:
+        return (1 if format.scale_shape(2, 1)[0] == 1 else rows), 1
+    blocks = (cols + format.block - 1) // format.block
+    if format.layout == "linear":
+        return rows, blocks
+    if format.layout == "column_major":
+        pitch = _up(rows, 4)
+        return (blocks, pitch) if format.has_f32_scales else (_up(blocks, 4) // 4, 4 * pitch)
+    tile = 128 if format.layout == "swizzled_128x4" else 8
+    if experts is not None:
+        rows = (rows + 127 * torch.sym_min(rows, experts)) // 128 * 128
+    elif groups is not None:
+        rows = groups * _up(rows // groups, tile)
+    return _up(rows, tile), _up(blocks, 4)
+
+
+def _quantize_outputs(
+    x: Tensor, format: str, global_scale: Any, scale: Any, expert_offsets: Any, scale_offsets: Any,
+    row_counts: Any, row_token: Any, slot_row: Any, activation: str | None, order: str, alpha: Any, beta: Any,
+    limit: Any, multiple: int, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    fmt = _format_object(format)
+    rows, width = (x if row_token is None else row_token).shape[0], x.shape[1]
+    cols = width // 2 if activation is not None and order != "plain" else width
+    padded = quantization.padded_columns(fmt, cols, multiple)
+    experts = None if expert_offsets is None else expert_offsets.shape[0] - 1
+    groups = None if row_counts is None else row_counts.shape[0]
+    return (
+        x.new_empty((rows, padded // 2 if fmt.is_fp4 else padded), dtype=torch.uint8),
+        x.new_empty(
+            _scale_shape(fmt, rows, padded, experts, groups),
+            dtype=torch.float32 if fmt.has_f32_scales else torch.uint8,
+        ),
+    )
+
+
+def _quantize(
+    out: Any, x: Any, format: str, global_scale: Any, scale: Any, expert_offsets: Any, scale_offsets: Any,
+    row_counts: Any, row_token: Any, slot_row: Any, activation: Any, order: Any, alpha: Any, beta: Any,
+    limit: Any, multiple: int,
+) -> None:  # fmt: skip
+    if scale is not None:
+        out[1].copy_(scale)
+    rows: dict[str, Any] = {
+        "expert_offsets": expert_offsets, "scale_offsets": scale_offsets, "row_counts": row_counts
+    }  # fmt: skip
+    if row_token is not None:
+        rows = {"plan": Plan(expert_offsets, scale_offsets, row_token, slot_row, None)}
+    quantization.quantize(
+        x, _format_object(format), global_scale=global_scale, **rows, activation=activation, order=order,
+        alpha=alpha, beta=beta, limit=limit, out=(out[0], out[1]),
+    )  # fmt: skip
+
+
+def _dequantize_outputs(
+    data: Tensor, scales: Tensor, format: str, dtype: str, hidden: Any, *_: Any
+) -> tuple[Tensor, ...]:
+    cols = data.shape[1] * (2 if _format_object(format).is_fp4 else 1)
+    return (data.new_empty((data.shape[0], cols if hidden is None else hidden), dtype=_DTYPES[dtype]),)
+
+
+def _dequantize(
+    out: Any, data: Any, scales: Any, format: str, dtype: Any, hidden: Any, global_scale: Any,
+    expert_offsets: Any, scale_offsets: Any, row_counts: Any,
+) -> None:  # fmt: skip
+    quantization.dequantize(
+        data, scales, _format_object(format), global_scale=global_scale, expert_offsets=expert_offsets,
+        scale_offsets=scale_offsets, row_counts=row_counts, out=out[0],
+    )  # fmt: skip
+
+
+def _global_scale_outputs(
+    x: Tensor, expert_offsets: Any, row_counts: Any, per_expert: bool, *_: Any
+) -> tuple[Tensor, ...]:
+    experts: Any = expert_offsets if expert_offsets is not None else row_counts
+    count = experts.shape[0] - (expert_offsets is not None) if per_expert else 1
+    return (x.new_empty((count,), dtype=torch.float32),)
+
+
+def _global_scale(out: Any, x: Any, expert_offsets: Any, row_counts: Any, per_expert: bool) -> None:
+    quantization.global_scale(
+        x, expert_offsets=expert_offsets, row_counts=row_counts, per_expert=per_expert, out=out[0]
+    )
+
+
 _ACTIVATION = "str order, float? alpha, float? beta, float? limit"
 _OPS = [
     _Op(
@@ -304,6 +400,23 @@ _OPS = [
         "Tensor? w2_scales, Tensor? w13_global_scale, Tensor? w2_global_scale, str? x_format, "
         "Tensor? x_scale, Tensor? inter_scale",
         1, _fused_experts_outputs, _fused_experts,
+    ),
+    _Op(
+        "quantize",
+        "Tensor x, str format, Tensor? global_scale, Tensor? scale, Tensor? expert_offsets, "
+        "Tensor? scale_offsets, Tensor? row_counts, Tensor? row_token, Tensor? slot_row, str? activation, "
+        f"{_ACTIVATION}, int multiple",
+        2, _quantize_outputs, _quantize,
+    ),
+    _Op(
+        "dequantize",
+        "Tensor data, Tensor scales, str format, str dtype, SymInt? hidden, Tensor? global_scale, "
+        "Tensor? expert_offsets, Tensor? scale_offsets, Tensor? row_counts",
+        1, _dequantize_outputs, _dequantize,
+    ),
+    _Op(
+        "global_scale", "Tensor x, Tensor? expert_offsets, Tensor? row_counts, bool per_expert",
+        1, _global_scale_outputs, _global_scale,
     ),
 ]  # fmt: skip
 
@@ -466,3 +579,32 @@ def fused_experts(
         experts.w13_scales, experts.w2_scales, experts.w13_global_scale, experts.w2_global_scale,
         _format_name(x_format), x_scale, inter_scale,
     )  # fmt: skip
+
+
+def quantize(
+    x: Any, format: Any, global_scale: Any, scale: Any, plan: Plan | None, expert_offsets: Any,
+    scale_offsets: Any, row_counts: Any, activation: Any, order: Any, alpha: Any, beta: Any, limit: Any,
+    multiple: int, out: Any,
+) -> Any:  # fmt: skip
+    """moecore.quantize() in a traced program."""
+    row_token, slot_row = None, None
+    if plan is not None:
+        expert_offsets, scale_offsets = plan.expert_offsets, plan.scale_offsets
+        row_token, slot_row = plan.row_token, plan.slot_row
+    return _call(
+        "quantize", None if out is None else tuple(out), x, _format_name(format), global_scale,
+        scale if out is None else None, expert_offsets, scale_offsets, row_counts, row_token, slot_row,
+        activation, order, alpha, beta, limit, multiple,
+    )  # fmt: skip
+
+
+def dequantize(data: Any, scales: Any, format: Any, *rest: Any) -> Any:
+    """moecore.dequantize() in a traced program."""
+    *arguments, out = rest
+    return _call("dequantize", out, data, scales, _format_name(format), *arguments)
+
+
+def global_scale(x: Any, *rest: Any) -> Any:
+    """moecore.global_scale() in a traced program."""
+    *arguments, out = rest
+    return _call("global_scale", out, x, *arguments)

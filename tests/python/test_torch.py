@@ -58,12 +58,20 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
             d["x"], d["weights"], d["ids"], d["w13"], d["w2"], d["b13"], d["b2"], "silu", "gate_up", None, None, None,
             None, 0, False, d["x"], *[None] * 8,
         ),
+        "quantize": (
+            d["wide"], "mxfp4", None, None, plan.expert_offsets, None, None, None, None, "silu", "gate_up", None, None,
+            None, 64,
+        ),
+        "dequantize": (
+            *moecore.quantize(d["x"], "fp8_block128"), "fp8_block128", "bf16", H - 3, None, None, None, None,
+        ),
+        "global_scale": (d["rows"], plan.expert_offsets, None, True),
     }  # fmt: skip
 
 
 OPS = [
     "route", "plan", "route_plan", "permute", "permute_scales", "shuffle_rows", "shuffle_rows_scales", "activate",
-    "grouped_gemm", "finalize", "finalize_quantize", "fused_experts",
+    "grouped_gemm", "finalize", "finalize_quantize", "fused_experts", "quantize", "dequantize", "global_scale",
 ]  # fmt: skip
 
 
@@ -208,3 +216,96 @@ def test_conjugate_and_numpy_agree(layer: dict[str, Any]) -> None:
     plan = moecore.plan(layer["ids"].numpy(), E)
     assert isinstance(plan.row_token, np.ndarray)
     np.testing.assert_array_equal(plan.row_token, layer["plan"].row_token.numpy())
+
+
+FORMATS = [
+    "fp8_tensor",
+    "fp8_token",
+    "fp8_block128",
+    "nvfp4",
+    "mxfp8",
+    moecore.QuantFormat("nvfp4", layout="swizzled_128x4"),
+    moecore.QuantFormat("mxfp4", layout="swizzled_8x4", rounding="floor"),
+    moecore.QuantFormat("fp8_block128", layout="column_major"),
+    moecore.QuantFormat("fp8_block128", layout="column_major", e8m0_scales=True),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("index", range(len(FORMATS)))
+def test_compile_quantize(layer: dict[str, Any], index: int, dynamic: bool) -> None:
+    """Dense, fused with activate, per expert through a plan, and back; the shapes are those of eager calls."""
+    fmt = FORMATS[index]
+
+    def dense(x: Any, wide: Any) -> Any:
+        data, scales = moecore.quantize(x, fmt, multiple=64)
+        fused = moecore.quantize(wide, fmt, activation="silu", order="gate_up")
+        return data, scales, *fused, moecore.dequantize(data, scales, fmt, dtype="bf16", hidden=H)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(dense, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (T, T - 1):
+            args = (layer["x"][:tokens], layer["wide"][:tokens])
+            for a, b in zip(compiled(*args), dense(*args), strict=True):
+                assert a.shape == b.shape
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["fp8_token", "nvfp4", "mxfp8"])
+def test_compile_quantize_per_expert(layer: dict[str, Any], kind: str) -> None:
+    fmt = moecore.QuantFormat(kind, layout="linear" if kind == "fp8_token" else "swizzled_128x4")
+
+    def routed(x: Any, rows: Any, ids: Any) -> Any:
+        plan = moecore.plan(ids, E)
+        scale = moecore.global_scale(rows, expert_offsets=plan.expert_offsets)
+        at = None if kind == "fp8_token" else plan.scale_offsets
+        apart = moecore.quantize(
+            rows,
+            fmt,
+            expert_offsets=plan.expert_offsets,
+            scale_offsets=at,
+            global_scale=scale if kind == "nvfp4" else None,
+        )
+        together = moecore.quantize(x, fmt, plan=plan)
+        return apart.data, apart.scales, together.data, together.scales, plan.scale_offsets
+
+    torch._dynamo.reset()
+    compiled = torch.compile(routed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        args = (layer["x"], layer["rows"], layer["ids"])
+        results = list(zip(compiled(*args), routed(*args), strict=True))
+    end = int(results[-1][0][-1])
+    for a, b in results:
+        assert a.shape == b.shape
+        # Scales behind the last expert's are nobody's.
+        assert torch.equal(a, b) if a.ndim == 1 or kind == "fp8_token" else torch.equal(a[:end], b[:end])
+
+
+def test_compile_quantize_static_scale_and_out(layer: dict[str, Any]) -> None:
+    x, scale = layer["x"], torch.tensor([[0.25]])
+
+    def f(x: Any, data: Any, scales: Any) -> Any:
+        moecore.quantize(x, "fp8_token", out=(data, scales))
+        return moecore.quantize(x, "fp8_tensor_static", scale=scale)
+
+    torch._dynamo.reset()
+    data, scales = torch.zeros(T, H, dtype=torch.uint8), torch.zeros(T, 1)
+    static = torch.compile(f, fullgraph=True, backend="aot_eager")(x, data, scales)
+    for a, b in zip((data, scales), moecore.quantize(x, "fp8_token"), strict=True):
+        assert torch.equal(a, b)
+    expected = moecore.quantize(x, "fp8_tensor_static", scale=scale.clone())
+    assert torch.equal(static.data, expected.data)
+    assert torch.equal(static.scales, scale)
+
+
+def test_symbolic_scale_shapes_are_the_formats() -> None:
+    from moecore.torch_ops import _scale_shape
+
+    for fmt in (moecore.QuantFormat(f) if isinstance(f, str) else f for f in FORMATS):
+        for rows in (1, 7, 8, 127, 128, 300):
+            for cols in (16, 64, 100, 2880):
+                assert _scale_shape(fmt, rows, cols, None, None) == tuple(fmt.scale_shape(rows, cols))
+                if fmt.layout == "swizzled_128x4":
+                    most = moecore.expert_scale_rows(rows, E)
+                    assert _scale_shape(fmt, rows, cols, E, None)[0] == most

@@ -7,6 +7,7 @@
 #include "ops/activate.h"
 #include "ops/finalize.h"
 #include "ops/grouped_gemm.h"
+#include "ops/quantize.h"
 #include "ops/route.h"
 
 namespace moecore {
@@ -26,6 +27,8 @@ constexpr OpInstances kInstances[] = {
     {"finalize", FinalizeRowTypes::kRows},
     {"fused_experts", GroupedGemmTypes::kRows},
     {"transpose_experts", {}},
+    {"quantize", QuantizeTypes::kRows},
+    {"dequantize", QuantizeTypes::kRows},
 };
 
 }  // namespace
