@@ -2,6 +2,7 @@
 // stand for. Exact where codes are small integers and scales powers of two (so that a scale of the wrong
 // block cannot hide in a tolerance), within the derived bound on random codes and scales.
 
+#include <algorithm>
 #include <cmath>
 
 #include "moecore/grouped_gemm.h"
@@ -278,6 +279,41 @@ TEST_P(GroupedGemmQuantized, BitsDoNotDependOnThreadsOrRepeats) {
         first = out.get();
       else
         EXPECT_TRUE(equal(out.get(), *first)) << threads << " threads";
+    }
+  }
+}
+
+// On the CPU a row's result is the same among many rows and alone, whichever kernel takes it.
+TEST_P(GroupedGemmQuantized, BitsDoNotDependOnTheOtherRows) {
+  if (device().type == DeviceType::kCUDA) GTEST_SKIP() << "a promise of the CPU engine";
+  const std::int64_t n = 70, k = 1154, num_rows = 21;
+  for (const FormatPair& p : format_pairs()) {
+    SCOPED_TRACE(p.name);
+    Random random(9);
+    Operand x({.format = p.x, .float_type = dtype(), .shape = {num_rows, k}, .values = Values::kRandom},
+              random),
+        weights({.format = p.weights, .float_type = dtype(), .shape = {1, n, k}, .values = Values::kRandom},
+                random);
+    x.upload(device());
+    weights.upload(device());
+    auto product = [&](const std::vector<double>& which) {
+      const auto rows = static_cast<std::int64_t>(which.size());
+      const Tensor offsets(device(), DType::kI32, Array({2}, {0, static_cast<double>(rows)})),
+          row_token(device(), DType::kI32, Array({rows}, which));
+      Tensor out(device(), dtype(), {rows, n});
+      grouped_gemm(x.view(), weights.view(), offsets.read_only(), out,
+                   {.row_token = row_token.read_only(),
+                    .x_scales = x.scale_view(),
+                    .weight_scales = weights.scale_view()},
+                   Call(device(), workspace(p, rows, n, k, 1)));
+      return out.get().values;
+    };
+    std::vector<double> all;
+    for (std::int64_t r = 0; r < num_rows; ++r) all.push_back(static_cast<double>(r));
+    const std::vector<double> together = product(all);
+    for (std::int64_t rows : {1, 2, 3, 4, 6, 9}) {
+      const std::vector<double> part = product({all.begin(), all.begin() + rows});
+      EXPECT_TRUE(std::equal(part.begin(), part.end(), together.begin())) << rows << " rows";
     }
   }
 }
