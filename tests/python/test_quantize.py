@@ -155,3 +155,42 @@ def test_vllm_names() -> None:
     v.silu_and_mul(activated, x)
     two, _ = v.scaled_fp4_experts_quant(activated, torch.ones(2), *offsets, 1)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("group", [16, 64, 128, 256])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_vllm_groups_of_any_size(group: int, column_major: bool) -> None:
+    from moecore.compat import vllm as v
+
+    x = torch.randn(2, 5, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x[0, 1, :256] = 0
+    grouped = x.float().view(10, -1, group)
+    scale = grouped.abs().amax(-1).clamp(min=1e-10) / 448
+    codes = (grouped * (1 / scale)[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    q, s = v.per_token_group_fp8_quant(x, group, column_major_scales=column_major, tma_aligned_scales=True)
+    assert q.shape == x.shape
+    assert torch.equal(q.view(torch.uint8).flatten(), codes.flatten())
+    assert torch.equal(s.reshape(10, -1), scale)
+    assert s.stride()[-1] == (12 if column_major else 1)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_vllm_silu_groups(group: int) -> None:
+    from moecore.compat import vllm as v
+
+    x = torch.randn(7, 1024, generator=torch.Generator().manual_seed(4)).half()
+    q, s = v.silu_and_mul_per_block_quant(x, group)
+    grouped = moecore.activate(x, "silu").float().view(7, -1, group)
+    scale = grouped.abs().amax(-1).clamp(min=1 / 512) / 448
+    codes = (grouped * (1 / scale)[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(q.view(torch.uint8).flatten(), codes.flatten())
+    assert torch.equal(s, scale)
+
+
+def test_vllm_groups_refuse() -> None:
+    from moecore.compat import vllm as v
+
+    with pytest.raises(ValueError, match="group_size is 60, expected a divisor of the 512 columns"):
+        v.per_token_group_fp8_quant(torch.zeros(3, 512), 60)
+    with pytest.raises(NotImplementedError, match="use_ue8m0 with group_size 64"):
+        v.per_token_group_fp8_quant(torch.zeros(3, 512), 64, use_ue8m0=True)

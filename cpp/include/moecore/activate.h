@@ -16,7 +16,8 @@ enum class GateOrder : std::uint8_t { kGateUp, kUpGate, kInterleaved, kPlain };
 
 /// f(gate) * (up + beta), with gate clamped from above to `limit` and up to [-limit, limit].
 /// silu: x*sigmoid(x); quick_gelu: x*sigmoid(1.702*x); swiglu_oai: x*sigmoid(alpha*x); gelu: with erf;
-/// gelu_tanh: with tanh; relu2: max(x,0)^2. alpha is read by swiglu_oai alone. kPlain: f(x), no beta.
+/// gelu_tanh: with tanh; relu2: max(x,0)^2. alpha is read by swiglu_oai alone. kPlain: f(x), no beta. In f32 to
+/// a few units in the last place, and 0 where a sigmoid is below 2^-126; the same bits on every engine.
 struct Activation {
   ActivationKind kind = ActivationKind::kSilu;
   GateOrder order = GateOrder::kGateUp;

@@ -123,6 +123,23 @@ def dynamic_per_token_scaled_fp8_quant(
     quantize(_flat(input), fmt, out=(_bytes(_flat(result)), scale.view(-1, 1)))
 
 
+def _group_quant(
+    rows: Tensor, group_size: int, q: Tensor, amax_floor: float, amax_cap: float | None = None
+) -> Tensor:
+    """fp8 of rows [m,k] in groups of any size that divides k, to q; f32 scales [m, k/group_size].
+
+    A group is a row of its own to the token format, whose scale follows the same rule.
+    """
+    m, k = rows.shape
+    if group_size < 1 or k % group_size:
+        raise ValueError(f"group_size is {group_size}, expected a divisor of the {k} columns, or 128")
+    grouped = (m * k // group_size, group_size)
+    scales = torch.empty(m, k // group_size, dtype=torch.float32, device=rows.device)
+    fmt = QuantFormat("fp8_token", amax_floor=amax_floor, amax_cap=amax_cap)
+    quantize(rows.reshape(grouped), fmt, out=(_bytes(q.view(grouped)), scales.view(-1, 1)))
+    return scales
+
+
 def per_token_group_fp8_quant(
     x: Tensor,
     group_size: int,
@@ -133,14 +150,27 @@ def per_token_group_fp8_quant(
     out_q: Tensor | None = None,
     use_ue8m0: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """fp8 in groups of 128 columns: (e4m3 [..,k], f32 scales [.., k/128], strided when column-major)."""
-    if group_size != 128:
-        raise NotImplementedError(f"per_token_group_fp8_quant: group_size is {group_size}, expected 128")
+    """fp8 in groups of columns: (e4m3 [..,k], f32 scales [.., k/group_size], strided when column-major).
+
+    Groups of other than 128 columns must divide k, and their scales are no powers of two.
+    """
     if dtype not in (None, _E4M3):
         raise TypeError(f"per_token_group_fp8_quant: dtype is {dtype}, expected torch.float8_e4m3fn")
     rows = _flat(x)
-    m, groups = rows.shape[0], -(-rows.shape[1] // 128)
+    m, groups = rows.shape[0], -(-rows.shape[1] // group_size)
     q = torch.empty(x.shape, dtype=_E4M3, device=x.device) if out_q is None else out_q
+    if group_size != 128:
+        if use_ue8m0:
+            raise NotImplementedError(
+                f"per_token_group_fp8_quant: use_ue8m0 with group_size {group_size}; scales that are powers "
+                "of two are those of the 128-column format, and of mxfp8 for 32"
+            )
+        ordered = _group_quant(rows, group_size, _flat(q), amax_floor=eps)
+        if not column_major_scales:
+            return q, ordered.view(*x.shape[:-1], groups)
+        pitch = -(-m // 4) * 4 if tma_aligned_scales else m
+        scales = torch.zeros(groups, pitch, dtype=torch.float32, device=x.device).t()[:m]
+        return q, scales.copy_(ordered)
     fmt = QuantFormat(
         "fp8_block128",
         layout="column_major" if column_major_scales else _LINEAR,
@@ -161,9 +191,11 @@ def per_token_group_fp8_quant(
 def silu_and_mul_per_block_quant(
     input: Tensor, group_size: int = 128, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantises silu(gate) * up, rounded to the input's type, in groups of 128: (e4m3, f32 scales)."""
+    """silu(gate) * up, rounded to the input's type, in groups: (e4m3, f32 scales). One pass for groups of 128."""
     if group_size != 128:
-        raise NotImplementedError(f"silu_and_mul_per_block_quant: group_size is {group_size}, expected 128")
+        rows = moecore.activate(_flat(input), "silu")
+        q_rows = torch.empty(rows.shape, dtype=_E4M3, device=rows.device)
+        return q_rows, _group_quant(rows, group_size, q_rows, amax_floor=1 / 512, amax_cap=scale_ub)
     fmt = QuantFormat("fp8_block128", amax_floor=1 / 512, amax_cap=scale_ub)
     q = quantize(_flat(input), fmt, activation="silu")
     return q.data.view(_E4M3), q.scales
