@@ -16,8 +16,7 @@ enum class GateOrder : std::uint8_t { kGateUp, kUpGate, kInterleaved, kPlain };
 
 /// f(gate) * (up + beta), with gate clamped from above to `limit` and up to [-limit, limit].
 /// silu: x*sigmoid(x); quick_gelu: x*sigmoid(1.702*x); swiglu_oai: x*sigmoid(alpha*x); gelu: with erf;
-/// gelu_tanh: with tanh; relu2: max(x,0)^2. alpha is read by swiglu_oai alone. kPlain: f(x), no beta. In f32 to
-/// a few units in the last place, and 0 where a sigmoid is below 2^-126; the same bits on every engine.
+/// gelu_tanh: with tanh; relu2: max(x,0)^2. alpha is read by swiglu_oai alone. kPlain: f(x), no beta.
 struct Activation {
   ActivationKind kind = ActivationKind::kSilu;
   GateOrder order = GateOrder::kGateUp;
@@ -33,9 +32,10 @@ struct Activation {
   }
 };
 
-/// x [R,2I] (kPlain: [R,I]) f32|f16|bf16 -> out [R,I] of the same dtype. f32 inside, rounded once. NaN
-/// propagates, also through the clamps. With `expert_offsets` (i32 [E+1]) only rows below expert_offsets[E]
-/// are computed and the others are left untouched. Rows may be strided.
+/// x [R,2I] (kPlain: [R,I]) f32|f16|bf16 -> out [R,I] of the same dtype. f32 inside, to a few
+/// units in the last place and 0 where a sigmoid is below 2^-126, rounded once; the same bits on every
+/// engine. NaN propagates, also through the clamps. With `expert_offsets` (i32 [E+1]) only rows below
+/// expert_offsets[E] are computed and the others are left untouched. Rows may be strided.
 void activate(const TensorView& x, const TensorView& out, const Activation& activation,
               const std::optional<TensorView>& expert_offsets = {}, const ExecContext& ctx = {});
 

@@ -191,7 +191,7 @@ def per_token_group_fp8_quant(
 def silu_and_mul_per_block_quant(
     input: Tensor, group_size: int = 128, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up, rounded to the input's type, in groups: (e4m3, f32 scales). One pass for groups of 128."""
+    """silu(gate) * up, rounded to the input's type, in groups (of 128 in one pass): (e4m3, f32 scales)."""
     if group_size != 128:
         rows = moecore.activate(_flat(input), "silu")
         q_rows = torch.empty(rows.shape, dtype=_E4M3, device=rows.device)
