@@ -93,22 +93,27 @@ TEST_P(Finalize, EveryWeightTypeAndCast) {
   for (std::optional<DType> weight_type : {std::optional<DType>{}, std::optional{DType::kF32},
                                            std::optional{DType::kF16}, std::optional{DType::kBF16}})
     for (bool cast : {false, true})
-      for (std::int64_t top_k : {1, 2, 7, 8})
-        for (const Place& place : places(dtype()))
-          expect_finalize({.top_k = top_k,
-                           .hidden = 71,
-                           .rows_width = 71,
-                           .weight_type = weight_type,
-                           .cast_weights = cast,
-                           .place = place});
+      for (std::int64_t top_k : {1, 2, 4, 7, 8})
+        for (std::int64_t hidden : {71, 72})
+          for (const Place& place : places(dtype()))
+            expect_finalize({.top_k = top_k,
+                             .hidden = hidden,
+                             .rows_width = hidden,
+                             .weight_type = weight_type,
+                             .cast_weights = cast,
+                             .place = place});
 }
 
 TEST_P(Finalize, AddsTheResidualLast) {
-  for (std::int64_t top_k : {0, 1, 8})
+  for (std::int64_t top_k : {0, 1, 4, 8})
     for (std::int64_t hidden : {1, 64, 129})
-      for (const Place& place : places(dtype()))
-        expect_finalize(
-            {.top_k = top_k, .hidden = hidden, .rows_width = hidden + 3, .residual = true, .place = place});
+      for (std::int64_t padding : {3, 8})
+        for (const Place& place : places(dtype()))
+          expect_finalize({.top_k = top_k,
+                           .hidden = hidden,
+                           .rows_width = hidden + padding,
+                           .residual = true,
+                           .place = place});
 }
 
 TEST_P(Finalize, TakesI64Slots) {
@@ -200,6 +205,36 @@ TEST_P(Finalize, BitsDoNotDependOnBatchOrThreads) {
     finalize(rows_tensor, part(slot_tensor), part(out), {.weights = part(weight_tensor)}, Call(device()));
   }
   EXPECT_TRUE(equal(out.get(), expected)) << "in parts";
+}
+
+TEST_P(Finalize, TheDirectFormGivesTheSameBits) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "one form";
+  for (std::int64_t top_k : {4, 8})
+    for (bool dead : {false, true})
+      for (bool with_residual : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << "K=" << top_k << " dead slots " << dead);
+        Random random(17);
+        const std::int64_t num_tokens = 300, num_rows = 900, hidden = 520;
+        const Array rows = random.floats({num_rows, hidden}, dtype());
+        const Array slots = random.integers({num_tokens, top_k}, dead ? -1 : 0, num_rows - !dead);
+        const Array weights = random.floats({num_tokens, top_k}, DType::kF32, -1, 1);
+        std::optional<Array> residual;
+        if (with_residual) residual = random.floats({num_tokens, hidden}, dtype());
+        const Tensor rows_tensor(device(), dtype(), rows), slot_tensor(device(), DType::kI32, slots),
+            weight_tensor(device(), DType::kF32, weights);
+        std::optional<Tensor> residual_tensor;
+        FinalizeOptions options{.weights = weight_tensor};
+        if (residual) options.residual = residual_tensor.emplace(device(), dtype(), *residual);
+        const Array expected = oracle::finalize(rows, slots, hidden, dtype(), weights, false, residual);
+        for (const char* policy : {"direct=0", "direct=1", "direct=1 threads=256"}) {
+          Tensor out(device(), dtype(), {num_tokens, hidden});
+          Call call(device());
+          call.context().policy = policy;
+          finalize(rows_tensor.read_only(), slot_tensor.read_only(), out, options, call);
+          EXPECT_TRUE(equal(out.get(), expected)) << policy;
+          EXPECT_TRUE(out.surroundings_intact());
+        }
+      }
 }
 
 INSTANTIATE_TEST_SUITE_P(, Finalize, ::testing::ValuesIn(devices_times(float_types())), device_dtype_name);

@@ -88,7 +88,7 @@ class RoutePlan : public OnDevice {
 TEST_P(RoutePlan, GivesTheBitsOfTheTwoOps) {
   for (std::int64_t num_experts : {1, 5, 32, 128, 200, 256, 300})
     for (std::int64_t top_k : {1, 2, 8, 10})
-      for (std::int64_t num_tokens : {0, 1, 3, 4, 5, 16, 17, 40, 128, 129, 300}) {
+      for (std::int64_t num_tokens : {0, 1, 3, 4, 5, 8, 9, 16, 40, 300}) {
         if (top_k > num_experts) continue;
         for (Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid})
           expect_composition({.num_tokens = num_tokens,
@@ -100,7 +100,7 @@ TEST_P(RoutePlan, GivesTheBitsOfTheTwoOps) {
 }
 
 TEST_P(RoutePlan, TakesTheOptionsOfBoth) {
-  for (std::int64_t num_tokens : {1, 4, 9, 100}) {
+  for (std::int64_t num_tokens : {1, 4, 8, 100}) {
     const RouteOptions grouped{
         .scoring = Scoring::kSigmoid, .num_groups = 8, .topk_groups = 4, .renormalize = true, .scale = 2.5f};
     expect_composition({.num_tokens = num_tokens,
@@ -124,7 +124,7 @@ TEST_P(RoutePlan, FollowsAnExpertMap) {
   Array values({128}, -1.0);
   for (std::int64_t e = 0; e < 128; e += 3) values[e] = static_cast<double>(e / 3);
   const Tensor map(device(), DType::kI32, values);
-  for (std::int64_t num_tokens : {2, 60})
+  for (std::int64_t num_tokens : {2, 8, 60})
     expect_composition({.num_tokens = num_tokens,
                         .num_experts = 128,
                         .top_k = 6,
@@ -135,11 +135,8 @@ TEST_P(RoutePlan, RepeatsTheSameBits) {
   if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "the CPU runs the two ops";
   for (const char* policy : {"fused=0", "fused=1"})
     for (int repeat = 0; repeat < 20; ++repeat)
-      expect_composition({.num_tokens = 100,
-                          .num_experts = 128,
-                          .top_k = 8,
-                          .plan = {.num_experts = 128},
-                          .policy = policy});
+      expect_composition(
+          {.num_tokens = 16, .num_experts = 128, .top_k = 8, .plan = {.num_experts = 128}, .policy = policy});
 }
 
 INSTANTIATE_TEST_SUITE_P(, RoutePlan, ::testing::ValuesIn(devices()), device_name);

@@ -6,6 +6,10 @@
 // between the indices and the rows. kSlots rows are in flight before their fmas; the passes follow each other
 // in slot order, so the sum's bits depend on the inputs alone.
 //
+// The direct form is for the usual top_k, with slots and weights in whole vectors: every thread reads them
+// for itself and has all rows in flight. It is a quarter of the instructions, which for few tokens is what
+// the time goes into: each is fetched for the first time.
+//
 // kWidth elements are one 16-byte vector, or are accessed one by one: a single column, and 4 of e4m3, so that
 // the 128 columns of a scale stay within a warp in either case.
 
@@ -225,6 +229,86 @@ __global__ void __launch_bounds__(kFinalizeMaxThreads, kBlocksPerSm<kSlots>)
   }
 }
 
+template <class T, class Weight, int kTopK>
+__global__ void __launch_bounds__(kFinalizeMaxThreads, 4) finalize_direct_kernel(const FinalizeArgs args) {
+  constexpr int kWidth = 16 / sizeof(T);
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  const std::int64_t c = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
+  if (c >= args.hidden) return;
+  const auto* rows = reinterpret_cast<const std::byte*>(static_cast<const T*>(args.rows) + c);
+  const auto pitch = static_cast<unsigned>(args.rows_stride * sizeof(T));
+  auto row_at = [&](int row) {
+    return reinterpret_cast<const T*>(rows + std::uint64_t{static_cast<unsigned>(row)} * pitch);
+  };
+  const auto num_rows = static_cast<unsigned>(args.num_rows);
+  for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
+    const auto* slots = static_cast<const std::int32_t*>(args.slot_row) + t * args.slot_stride;
+    const auto* weights = static_cast<const Weight*>(args.weights) + t * args.weights_stride;
+    constexpr int kWeightsAtOnce = kTopK * sizeof(Weight) < 16 ? kTopK : 16 / sizeof(Weight);
+    using Weights = dev::Pack<Weight, kWeightsAtOnce>;
+    dev::Pack<std::int32_t, 4> row[kTopK / 4];
+    Weights weight[kTopK / kWeightsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kTopK / 4; ++i)
+      row[i] = reinterpret_cast<const dev::Pack<std::int32_t, 4>*>(slots)[i];
+#pragma unroll
+    for (int i = 0; i < kTopK / kWeightsAtOnce; ++i) {
+      if (args.weights) {
+        weight[i] = reinterpret_cast<const Weights*>(weights)[i];
+      } else {
+#pragma unroll
+        for (Weight& w : weight[i].values) w = dev::from_f32<Weight>(1.0f);
+      }
+    }
+    bool live = true;
+#pragma unroll
+    for (int j = 0; j < kTopK; ++j) live &= static_cast<unsigned>(row[j / 4].values[j % 4]) < num_rows;
+
+    float acc[kWidth] = {}, x[kWidth];
+    if (live) {
+      Columns<T, kWidth, true> v[kTopK];
+#pragma unroll
+      for (int j = 0; j < kTopK; ++j) v[j].load(row_at(row[j / 4].values[j % 4]), kWidth);
+#pragma unroll
+      for (int j = 0; j < kTopK; ++j) {
+        const float w = dev::to_f32(weight[j / kWeightsAtOnce].values[j % kWeightsAtOnce]);
+        v[j].to_f32(x);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, x[e], acc[e]);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kTopK; ++j) {
+        if (static_cast<unsigned>(slots[j]) >= num_rows) continue;
+        Columns<T, kWidth, true> v;
+        v.load(row_at(slots[j]), kWidth);
+        v.to_f32(x);
+        const float w = args.weights ? dev::to_f32(weights[j]) : 1.0f;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, x[e], acc[e]);
+      }
+    }
+    if (args.residual) {
+      Columns<T, kWidth, true> r;
+      r.load(static_cast<const T*>(args.residual) + t * args.residual_stride + c, kWidth);
+      r.to_f32(x);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) acc[e] = __fadd_rn(acc[e], x[e]);
+    }
+    Columns<T, kWidth, true> result;
+    result.from_f32(acc);
+    result.store(static_cast<T*>(args.out) + t * args.out_stride + c, kWidth);
+  }
+}
+
+template <class T>
+auto select_direct_kernel(int top_k, bool f32_weights) {
+  if (f32_weights)
+    return top_k == 4 ? finalize_direct_kernel<T, float, 4> : finalize_direct_kernel<T, float, 8>;
+  return top_k == 4 ? finalize_direct_kernel<T, T, 4> : finalize_direct_kernel<T, T, 8>;
+}
+
 template <class Row, class Out, bool kVectors>
 auto select_kernel(int slots) {
   if constexpr (kIsE4M3<Row>) {
@@ -244,8 +328,8 @@ auto select_kernel(int slots) {
 }
 
 std::string describe(const FinalizePolicy& policy) {
-  return "cuda, vectors=" + std::to_string(policy.vectors) + " slots=" + std::to_string(policy.slots) +
-         " threads=" + std::to_string(policy.threads);
+  return "cuda, direct=" + std::to_string(policy.direct) + " vectors=" + std::to_string(policy.vectors) +
+         " slots=" + std::to_string(policy.slots) + " threads=" + std::to_string(policy.threads);
 }
 
 }  // namespace
@@ -259,7 +343,8 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   const FinalizePolicy policy = tuned("finalize", sizes, ctx, [&](std::string_view text) {
     FinalizePolicy chosen = select_finalize_policy(p, device.num_sms);
     override_policy("finalize", text,
-                    {{"vectors", &chosen.vectors, {0, chosen.vectors}},
+                    {{"direct", &chosen.direct, {0, finalize_can_be_direct(chosen, p)}},
+                     {"vectors", &chosen.vectors, {0, chosen.vectors}},
                      {"slots", &chosen.slots, {1, 2, 4, 8}},
                      {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
     return chosen;
@@ -302,6 +387,13 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   visit_instance(FinalizeInstances{}, FinalizeTypes{p.dtype, p.out_dtype}, [&]<FinalizeTypes types>() {
     using Row = cuda_t<types.rows>;
     using Out = cuda_t<types.out>;
+    if constexpr (types.rows == types.out && types.rows != DType::kE4M3) {
+      if (policy.direct) {
+        const bool f32_weights = !p.weights || p.weight_dtype == DType::kF32;
+        launch("finalize", device, config, select_direct_kernel<Row>(args.top_k, f32_weights), args);
+        return;
+      }
+    }
     launch("finalize", device, config,
            policy.vectors ? select_kernel<Row, Out, true>(policy.slots)
                           : select_kernel<Row, Out, false>(policy.slots),

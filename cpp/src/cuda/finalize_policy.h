@@ -12,6 +12,7 @@ namespace moecore::cuda {
 inline constexpr int kFinalizeMaxThreads = 256;
 
 struct FinalizePolicy {
+  int direct = 0;    // 1: all rows of a token in flight, slots and weights by vectors. Off until asked for
   int vectors = 1;   // 1: 16-byte accesses, 0: element by element
   int slots = 4;     // rows in flight per thread: 1, 2, 4 or 8
   int threads = 64;  // of a block
@@ -21,6 +22,22 @@ struct FinalizePolicy {
 inline std::int64_t finalize_columns_per_thread(const FinalizePolicy& policy, DType rows) {
   if (policy.vectors) return 16 * 8 / bit_width(rows);
   return rows == DType::kE4M3 ? 4 : 1;
+}
+
+/// Whether the direct form can take the problem.
+inline bool finalize_can_be_direct(const FinalizePolicy& policy, const FinalizeProblem& p) {
+  if (!policy.vectors) return false;
+  if (p.dtype == DType::kE4M3 || p.slot_row.is_i64 || (p.top_k != 4 && p.top_k != 8)) return false;
+  if (p.num_rows > 0x7FFFFFFF || p.rows_stride * bit_width(p.dtype) / 8 > 0x7FFFFFFF) return false;
+  auto vectors = [&](const void* data, std::int64_t stride, std::int64_t bytes) {
+    const std::int64_t vector = std::min<std::int64_t>(16, p.top_k * bytes);
+    return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(vector) == 0 &&
+           (p.num_tokens <= 1 || stride * bytes % vector == 0);
+  };
+  if (!vectors(p.slot_row.data, p.slot_stride, 4)) return false;
+  if (!p.weights) return true;
+  if (p.weight_dtype != p.dtype && (p.weight_dtype != DType::kF32 || p.cast_weights)) return false;
+  return vectors(p.weights, p.weights_stride, bit_width(p.weight_dtype) / 8);
 }
 
 inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_sms) {
@@ -37,9 +54,16 @@ inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_s
   const std::int64_t per_thread = finalize_columns_per_thread(policy, p.dtype);
   const std::int64_t columns = std::max<std::int64_t>(1, (p.hidden + per_thread - 1) / per_thread);
 
-  // More than four rows in flight per thread cost more resident threads than they gain; narrow blocks even
-  // out the end of the grid and, when tokens are few, spread one over many SMs.
-  policy.slots = p.dtype == DType::kE4M3 ? 4 : p.top_k <= 1 ? 1 : p.top_k <= 2 ? 2 : 4;
+  // With all threads resident at once, more rows in flight shorten the one pass there is; beyond that they
+  // cost more resident threads than they gain. Narrow blocks even out the end of the grid and, when tokens
+  // are few, spread one over many SMs.
+  constexpr std::int64_t kResidentThreads = 256;  // of an SM
+  const bool all_resident = p.num_tokens * columns <= kResidentThreads * num_sms;
+  policy.slots = p.dtype == DType::kE4M3         ? 4
+                 : p.top_k <= 1                  ? 1
+                 : p.top_k <= 2                  ? 2
+                 : p.top_k <= 4 || !all_resident ? 4
+                                                 : 8;
   policy.threads = 64;
   while (policy.threads > 32 &&
          p.num_tokens * ((columns + policy.threads - 1) / policy.threads) < 4 * num_sms)

@@ -396,12 +396,6 @@ auto select_packed_kernel(const RoutePolicy& policy) {
   switch (policy.lanes * 64 + policy.per_lane) {
     case 8 * 64 + 4:
       return route_packed_kernel<8, 4, kSoftmax, kKeys>;
-    case 8 * 64 + 8:
-      return route_packed_kernel<8, 8, kSoftmax, kKeys>;
-    case 8 * 64 + 16:
-      return route_packed_kernel<8, 16, kSoftmax, kKeys>;
-    case 8 * 64 + 32:
-      return route_packed_kernel<8, 32, kSoftmax, kKeys>;
     case 16 * 64 + 8:
       return route_packed_kernel<16, 8, kSoftmax, kKeys>;
     case 16 * 64 + 16:

@@ -2,10 +2,10 @@
 // route for up to 512 experts and 16 slots: kLanes lanes hold a token, so that a warp routes 32 / kLanes
 // tokens.
 //
-// Selection without a round per slot, as on the CPU. The k-th largest of 16 (32 for a whole warp) column
-// maxima bounds the k-th largest key from below; the few keys that reach it (about 11 of 256 for k = 8) are
-// listed in shared memory and placed by counting how many are larger. A token with more than kMaxCandidates
-// of them, by many equal keys, is routed slot by slot.
+// Selection without a round per slot, as on the CPU. The k-th largest of 16 column maxima bounds the k-th
+// largest key from below; the few keys that reach it (about 11 of 256 for k = 8) are listed in shared memory
+// and placed by counting how many are larger. A token with more than kMaxCandidates of them, by many equal
+// keys, is routed slot by slot.
 //
 // Experts of lane l are l, l + kLanes, ..., or with groups a run of one group, so that a lane ranks its part
 // of the group by itself. Sums run in the order of the CPU engine: 16 partial sums by expert modulo 16, then
@@ -26,7 +26,7 @@ inline constexpr int kMaxPackedSlots = 16;
 /// A token's shared memory.
 struct RouteScratch {
   union {
-    alignas(16) float columns[32];
+    alignas(16) float columns[16];
     alignas(16) std::uint64_t keys[kMaxCandidates];
   };
   float values[kMaxCandidates];  // of the candidates: the logit with kLogit, else the score
@@ -131,22 +131,30 @@ struct PackedRouter {
     for (int i = 0; i < kPerLane; ++i)
       bias[i] = args.bias && exists(i) ? __ldg(args.bias + first_expert() + i * kStep) : 0.0f;
     bool far = false;
+    float finite[kPerLane];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) far = far || !(fabsf(x[i]) <= -kNearest);
+    for (int i = 0; i < kPerLane; ++i) {
+      finite[i] = is_finite(x[i]) ? x[i] : 0.0f;
+      far = far || fabsf(finite[i]) > -kNearest;
+    }
     far = __any_sync(dev::kWholeWarp, far);
-    auto score_all = [&](auto&& score) {
+    // Scores of all, so that they overlap, and then the choice.
+    float score[kPerLane];
+    if (args.scoring != Scoring::kSigmoid) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const bool live = is_finite(x[i]) && is_finite(bias[i]) && exists(i);
-        key[i] = live ? score(x[i]) + bias[i] : minus_infinity();
-      }
-    };
-    if (args.scoring != Scoring::kSigmoid)
-      score_all([](float v) { return v; });
-    else if (!far)
-      score_all([](float v) { return sigmoid_near(v); });
-    else
-      score_all([](float v) { return dev::sigmoid(v); });
+      for (int i = 0; i < kPerLane; ++i) score[i] = finite[i];
+    } else if (!far) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) score[i] = sigmoid_near(finite[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) score[i] = dev::sigmoid(finite[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool live = is_finite(x[i]) & is_finite(bias[i]) & exists(i);
+      key[i] = live ? score[i] + bias[i] : minus_infinity();
+    }
   }
 
   // Phase 2: softmax's numbers.
@@ -213,27 +221,35 @@ struct PackedRouter {
     const bool sum_of_two = args.group_score == GroupScore::kTop2Sum && args.group_size > 1;
     const float rank = sum_of_two ? first + second : first;
     int better = 0;
-#pragma unroll 8
-    for (int g = 0; g < args.num_groups; ++g) {
+    auto count_better = [&](int g) {
       const float other = __shfl_sync(dev::kWholeWarp, rank, g * lanes, kLanes);
-      better += other > rank || (other == rank && g < group);
-    }
-    if (better >= args.topk_groups) {
+      better += (other > rank) | ((other == rank) & (g < group));
+    };
+    if (args.num_groups == 8) {  // DeepSeek's: the shuffles overlap
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) key[i] = minus_infinity();
+      for (int g = 0; g < 8; ++g) count_better(g);
+    } else {
+#pragma unroll 1
+      for (int g = 0; g < args.num_groups; ++g) count_better(g);
     }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) key[i] = better < args.topk_groups ? key[i] : minus_infinity();
   }
 
   // A number that at least k keys of the token reach, or the least finite one.
   __device__ __forceinline__ float bound() {
-    constexpr int kOwn = kLanes == 8 ? 2 : 1, kColumns = kOwn * kLanes;
+    constexpr int kOwn = kLanes == 8 ? 2 : 1, kColumns = 16;
     float column[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       column[c] = key[c];
 #pragma unroll
       for (int i = c + kOwn; i < kPerLane; i += kOwn) column[c] = fmaxf(column[c], key[i]);
-      scratch.columns[c * kLanes + sub] = column[c];
+    }
+    if constexpr (kLanes == 32) column[0] = fmaxf(column[0], __shfl_xor_sync(dev::kWholeWarp, column[0], 16));
+    if (sub < 16) {
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) scratch.columns[c * kLanes + sub] = column[c];
     }
     __syncwarp();
     int reached_by[kOwn] = {};

@@ -21,21 +21,18 @@ __global__ void __launch_bounds__(kRoutePlanMaxThreads)
     route_plan_kernel(const RouteArgs route, const PlanArgs plan, bool tiny) {
   extern __shared__ std::uint64_t smem[];
   __shared__ RouteScratch scratch[kRoutePlanMaxThreads / 32];
-  const std::int64_t warp = threadIdx.x / 32;
-  auto route_share = [&] {
+  auto route_tokens = [&] {
     dev::wait_for_predecessor();
     dev::release_successor();
-    const std::int64_t tokens = plan.routes_per_block / route.top_k;
-    const std::int64_t t = blockIdx.x * tokens + warp;
-    if (warp < tokens && t < route.num_tokens)
-      route_packed<32, kPerLane, kSoftmax, kKeys>(route, t, t + 1, scratch + warp);
+    const std::int64_t t = threadIdx.x / 32;
+    if (t < route.num_tokens) route_packed<32, kPerLane, kSoftmax, kKeys>(route, t, t + 1, scratch + t);
     __syncthreads();
   };
   if (tiny) {
-    route_share();
+    route_tokens();
     plan_tiny(plan);
   } else {
-    plan_single<1>(plan, smem, route_share);
+    plan_single<1>(plan, smem, route_tokens);
   }
 }
 
@@ -52,18 +49,18 @@ auto select_kernel(const RouteArgs& args, int per_lane) {
 }
 
 std::string describe(const RoutePlanPolicy& policy) {
-  return "cuda, fused=1 blocks=" + std::to_string(policy.plan.blocks) +
-         " threads=" + std::to_string(policy.plan.threads) + " tiny=" + std::to_string(policy.plan.tiny);
+  return "cuda, fused=1 threads=" + std::to_string(policy.plan.threads) +
+         " tiny=" + std::to_string(policy.plan.tiny);
 }
 
 // The selected policy with the caller's changes.
-RoutePlanPolicy choose_policy(const RoutePlanProblem& p, int compute_capability, std::string_view text) {
-  RoutePlanPolicy policy = select_route_plan_policy(p, compute_capability);
+RoutePlanPolicy choose_policy(const RoutePlanProblem& p, std::string_view text) {
+  RoutePlanPolicy policy = select_route_plan_policy(p);
   if (text.empty()) return policy;
   int fused = policy.fused;
   override_policy("route_plan", text, {{"fused", &fused, {0, 1}}});
   if (fused == policy.fused) return policy;
-  policy = fused ? fused_route_plan_policy(p, compute_capability) : RoutePlanPolicy{};
+  policy = fused ? fused_route_plan_policy(p) : RoutePlanPolicy{};
   if (policy.fused != fused)
     throw InvalidArgument("route_plan: policy is \"" + std::string(text) +
                           "\", expected fused=0: one launch cannot hold the problem");
@@ -78,9 +75,8 @@ void route_plan(const RoutePlanProblem& p, const ExecContext& ctx) {
                           .experts = p.route.num_experts,
                           .sms = device.num_sms,
                           .capability = device.compute_capability};
-  const RoutePlanPolicy policy = tuned("route_plan", sizes, ctx, [&](std::string_view text) {
-    return choose_policy(p, device.compute_capability, text);
-  });
+  const RoutePlanPolicy policy =
+      tuned("route_plan", sizes, ctx, [&](std::string_view text) { return choose_policy(p, text); });
   if (!policy.fused) {
     ExecContext parts = ctx;
     parts.policy = {};  // spoke of route_plan
@@ -91,20 +87,13 @@ void route_plan(const RoutePlanProblem& p, const ExecContext& ctx) {
   if (explained(ctx, "route_plan", [&] { return describe(policy); })) return;
 
   const RouteArgs route_args = make_route_args(p.route, 32);
-  PlanArgs plan_args = make_plan_args(p.plan, policy.plan, nullptr);
-  const std::int64_t tokens = (p.route.num_tokens + policy.plan.blocks - 1) / policy.plan.blocks;
-  plan_args.routes_per_block = static_cast<unsigned>(tokens * p.route.top_k);
+  const PlanArgs plan_args = make_plan_args(p.plan, policy.plan, nullptr);
+  const std::int64_t num_routes = p.route.num_tokens * p.route.top_k;
   const LaunchConfig config{
-      .grid = dim3(policy.plan.blocks),
       .block = dim3(policy.plan.threads),
-      .smem_bytes =
-          policy.plan.tiny
-              ? 0
-              : plan_smem_bytes(policy.plan, plan_args.routes_per_block * std::int64_t{policy.plan.blocks},
-                                p.plan.num_experts),
+      .smem_bytes = policy.plan.tiny ? 0 : plan_smem_bytes(policy.plan, num_routes, p.plan.num_experts),
       .stream = stream(ctx),
-      .dependent = true,
-      .cluster = dim3(policy.plan.blocks)};
+      .dependent = true};
   const DeviceGuard guard(device);
   launch("route_plan", device, config, select_kernel(route_args, policy.per_lane), route_args, plan_args,
          policy.plan.tiny != 0);

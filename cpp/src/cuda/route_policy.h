@@ -31,9 +31,9 @@ inline std::int64_t packed_experts_per_lane(const RouteProblem& p, int lanes) {
 
 /// The packed form with `lanes` lanes a token, or lanes = 0 where it cannot be.
 inline RoutePolicy packed_route_policy(const RouteProblem& p, int lanes, int num_sms) {
-  RoutePolicy policy{.lanes = lanes, .per_lane = 4};
+  RoutePolicy policy{.lanes = lanes, .per_lane = lanes == 16 ? 8 : 4};
   const std::int64_t needed = packed_experts_per_lane(p, lanes);
-  const int most = lanes == 32 ? 16 : 32;
+  const int most = lanes == 8 ? 4 : 16;
   while (policy.per_lane < needed && policy.per_lane < most) policy.per_lane *= 2;
   if (needed == 0 || policy.per_lane < needed) return {};
   const std::int64_t warps = (p.num_tokens * lanes + 31) / 32;
@@ -60,11 +60,14 @@ inline RoutePolicy general_route_policy(const RouteProblem& p, int num_sms) {
 
 inline RoutePolicy select_route_policy(const RouteProblem& p, int num_sms) {
   // Fewer lanes cost fewer instructions a token, more lanes less time for each: they pay while a warp a token
-  // leaves the SMs room.
-  constexpr int kFewTokensPerSm = 16;
-  for (int lanes : {8, 32}) {
-    if (lanes == 8 && p.num_experts > 32 && p.num_tokens <= kFewTokensPerSm * num_sms) continue;
-    const RoutePolicy policy = packed_route_policy(p, lanes, num_sms);
+  // leaves the SMs room, and for the many scores of grouped selection.
+  constexpr std::int64_t kFewTokensPerSm = 16, kFewExperts = 32;
+  const bool few_tokens = p.num_tokens <= kFewTokensPerSm * num_sms;
+  const bool few_experts = p.num_experts <= kFewExperts;
+  if (few_tokens && few_experts) return general_route_policy(p, num_sms);
+  const int lanes = few_experts ? 8 : few_tokens || p.num_groups > 1 ? 32 : 16;
+  for (int tried : {lanes, 32}) {
+    const RoutePolicy policy = packed_route_policy(p, tried, num_sms);
     if (policy.lanes > 0) return policy;
   }
   return general_route_policy(p, num_sms);
