@@ -215,13 +215,21 @@ __global__ void __launch_bounds__(kThreads) convert_scales_kernel(const __grid_c
 
 void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("quantize", ctx);
-  QuantizePolicy policy = select_quantize_policy(p, device.num_sms);
-  if (!whole_rows(p.format))
-    override_policy("quantize", ctx.policy,
-                    {{"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
-                     {"unroll", &policy.unroll, {1, may_unroll(p) ? 2 : 1}},
-                     {"tasks", &policy.tasks, {1, 2, 4, 8}},
-                     {"lookup", &policy.lookup, {0, 1}}});
+  const TuningSizes sizes{.rows = p.out_rows,
+                          .width = p.padded_cols,
+                          .experts = p.experts.num_experts,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  const QuantizePolicy policy = tuned("quantize", sizes, ctx, [&](std::string_view text) {
+    QuantizePolicy chosen = select_quantize_policy(p, device.num_sms);
+    if (!whole_rows(p.format))
+      override_policy("quantize", text,
+                      {{"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
+                       {"unroll", &chosen.unroll, {1, may_unroll(p) ? 2 : 1}},
+                       {"tasks", &chosen.tasks, {1, 2, 4, 8}},
+                       {"lookup", &chosen.lookup, {0, 1}}});
+    return chosen;
+  });
   if (explained(ctx, "quantize", [&] { return describe(policy, p); })) return;
 
   QuantizeLaunch l{.encoding = encoding_of(p.format),
