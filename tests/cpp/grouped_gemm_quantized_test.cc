@@ -15,9 +15,6 @@
 namespace moecore::test {
 namespace {
 
-bool is_fp8(const Format& f) {
-  return f && f->kind == QuantKind::kFp8;
-}
 bool any_fp4(const FormatPair& p) {
   return is_fp4(p.x) || is_fp4(p.weights);
 }
@@ -88,7 +85,6 @@ class GroupedGemmQuantized : public OnDeviceDType {
     weights.upload(device());
 
     oracle::GemmSpec spec{.activation = c.activation, .scale_roundings = 8};
-    spec.short_sums = device().type == DeviceType::kCUDA && is_fp8(p.x) && is_fp8(p.weights);
     GroupedGemmOptions options{
         .activation = c.activation, .x_scales = x.scale_view(), .weight_scales = weights.scale_view()};
     const Tensor offset_tensor(device(), DType::kI32, offsets);

@@ -50,9 +50,7 @@ struct GroupedGemmOptions {
 /// out[r,n] = sum_k x[row,k] * weights[e,n,k] (* row_weights[r]) (+ bias[e,n]) for rows of expert e.
 /// x [R,K] or, with row_token, [T,K]; weights [E,N,K]; expert_offsets i32 [E+1]; out [R,N]. Rows >=
 /// expert_offsets[E] of out are left untouched. Any R, E, N, K (K = 0 gives the bias). Rows may be strided,
-/// weights[e,n] must be dense along k. f32 accumulation, one rounding. Products of two fp8 operands on
-/// compute capability 9.0 come from its tensor cores, which sum 32 of them and the sum so far with 13 bits
-/// behind the leading one of the largest; every 128 columns such a sum joins that in f32.
+/// weights[e,n] must be dense along k. f32 accumulation, one rounding.
 ///
 ///   x                    weights                                          out
 ///   f32 | f16 | bf16     x's dtype                                        x's dtype

@@ -345,26 +345,6 @@ Bounded activate(const Array& x, const Activation& a, std::int64_t num_rows) {
   return out;
 }
 
-namespace {
-
-/// Of sums that restart every 128 columns: 32 products and the sum so far are cut off, each, 13 bits behind
-/// the leading bit of the largest of them.
-double short_sum_error(const double* a, const double* b, std::int64_t depth) {
-  double error = 0, partial = 0;
-  for (std::int64_t k = 0; k < depth; k += 32) {
-    if (k % 128 == 0) partial = 0;
-    double largest = std::fabs(partial);
-    for (std::int64_t i = k; i < std::min(depth, k + 32); ++i) {
-      largest = std::max(largest, std::fabs(a[i] * b[i]));
-      partial += a[i] * b[i];
-    }
-    error += 33 * 0x1p-13 * largest;
-  }
-  return error;
-}
-
-}  // namespace
-
 Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_offsets, std::int64_t num_rows,
                      const GemmSpec& spec) {
   const std::int64_t num_experts = weights.shape[0], n = weights.shape[1], depth = weights.shape[2];
@@ -387,7 +367,6 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
         // operands or products below the normal range may be flushed.
         double error = kF32Roundoff * static_cast<double>(depth + 1 + spec.scale_roundings) * absolute +
                        0x1p-126 * static_cast<double>(depth);
-        if (spec.short_sums) error += short_sum_error(a, b, depth);
         if (spec.row_weights) {
           const double w = (*spec.row_weights)[r];
           error = (error + kF32Roundoff * std::fabs(sum)) * std::fabs(w);

@@ -84,8 +84,6 @@ struct GemmSpec {
   std::optional<Array> row_weights{};
   /// Quantised operands: how often an element's value or a sum may be rounded on account of its scales.
   int scale_roundings = 0;
-  /// The products are those of two fp8 operands on compute capability 9.0 (see grouped_gemm.h).
-  bool short_sums = false;
 };
 /// x [X,K], weights [E,N,K], expert_offsets [E+1], out [num_rows, N or N/2]. Untouched rows are NaN.
 Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_offsets, std::int64_t num_rows,

@@ -12,7 +12,7 @@ namespace moecore::cuda {
 struct GroupedGemmEngine {
   const char* name;
   /// Why this engine cannot take the problem; empty when it can.
-  std::string (*refusal)(const GroupedGemmProblem&, const DeviceInfo&);
+  std::string (*refusal)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&);
   /// The tiles it takes and why.
   std::string (*describe)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&);
   void (*run)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&);

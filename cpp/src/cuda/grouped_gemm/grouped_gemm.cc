@@ -95,7 +95,7 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("grouped_gemm", ctx);
   std::string passed_over;
   for (const GroupedGemmEngine* engine : kEngines) {
-    const std::string refusal = engine->refusal(p, device);
+    const std::string refusal = engine->refusal(p, device, ctx);
     if (!refusal.empty()) {
       passed_over.append("; not ").append(engine->name).append(": ").append(refusal);
       continue;

@@ -13,6 +13,7 @@ namespace moecore::cuda::sm90 {
 
 struct Policy {
   Family family = Family::kFloat;
+  int codes = 0;          // 1: quantised operands are taken too, not only floats
   int prefill = 0;        // 1: wide tiles, 0: narrow ones over a deep ring
   int max_tokens = 0;     // widest tile taken, at most the configuration's
   int stream_k = 0;       // 1: equal runs of steps for every block instead of whole tiles

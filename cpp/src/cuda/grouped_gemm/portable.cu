@@ -164,11 +164,13 @@ __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constan
 /// Widest token tile.
 int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
   int tokens = p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
-  override_policy("grouped_gemm", ctx.policy, {{"max_tokens", &tokens, {kNarrow, kWide}}});
+  int codes = 0;  // the Hopper engine's, which passed this problem on
+  override_policy("grouped_gemm", ctx.policy,
+                  {{"max_tokens", &tokens, {kNarrow, kWide}}, {"codes", &codes, {0, 1}}});
   return tokens;
 }
 
-std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&) {
+std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext&) {
   return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
 }
 

@@ -280,15 +280,18 @@ struct SwapAb {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) return;
-      compute_of_width(work, at, typename Loop::template Widths<kTiling>{});
+      compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
     }
   }
 
   /// The narrowest of the widths that holds the tile.
   template <int... kWidths>
-  __device__ __forceinline__ void compute_of_width(const Work& work, Ring& at,
+  __device__ __forceinline__ void compute_of_width(const Work& work, int eighths, Ring& at,
                                                    std::integer_sequence<int, kWidths...>) {
-    ((work.tile.rows <= kWidths ? (compute<kWidths>(work, at), true) : false) || ...);
+    if constexpr (sizeof...(kWidths) == kMaxTokens / 8)
+      ((eighths == kWidths / 8 ? (compute<kWidths>(work, at), true) : false) || ...);
+    else
+      ((eighths <= kWidths / 8 ? (compute<kWidths>(work, at), true) : false) || ...);
   }
 
   template <int kTokens>

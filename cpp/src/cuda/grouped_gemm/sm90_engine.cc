@@ -52,14 +52,42 @@ std::string family_refusal(const GroupedGemmProblem& p, sm90::Family family) {
   return "";
 }
 
+sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  const TuningSizes sizes{.rows = p.num_rows,
+                          .width = p.n,
+                          .depth = p.k,
+                          .experts = p.num_experts,
+                          .sms = device.num_sms,
+                          .capability = device.compute_capability};
+  sm90::Policy policy = tuned("grouped_gemm", sizes, ctx, [&](std::string_view text) {
+    sm90::Policy chosen =
+        sm90::select_policy(forms_of(p), p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
+    override_policy("grouped_gemm", text,
+                    {{"codes", &chosen.codes, {0, 1}},
+                     {"prefill", &chosen.prefill, {0, 1}},
+                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176}},
+                     {"stream_k", &chosen.stream_k, {0, 1}},
+                     {"evict_weights", &chosen.evict_weights, {0, 1}}});
+    return chosen;
+  });
+  const sm90::TileConfig config = policy.tiles();
+  policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
+  policy.stream_k =
+      policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
+      ctx.workspace.size() >= sm90::workspace_bytes(forms_of(p), p.num_rows, p.num_experts, p.n, p.k);
+  return policy;
+}
+
 /// The rules of the copy engine and of 16-byte accesses.
-std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device) {
+std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
   auto aligned = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
   const std::int64_t columns = gated(p) ? p.n / 2 : p.n;
   if (!MOECORE_HAS_SM90) return "this build has no code for sm_90a";
   if (device.compute_capability != 90) return "it needs compute capability 9.0";
   const std::string refused = family_refusal(p, sm90::family_of(forms_of(p)));
   if (!refused.empty()) return refused;
+  if (p.weight_scales.form != OperandForm::kFloat && !policy_for(p, device, ctx).codes)
+    return "quantised operands on request only (policy codes=1)";
   if (p.activation && !(gated(p) && is_sigmoid_family(*p.activation)))
     return "its activations are silu, quick_gelu, gelu_tanh and swiglu_oai, gated";
   if (p.num_experts > kMaxExperts) return "more than 2048 experts";
@@ -78,31 +106,6 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device) {
     return "the strides of weights do not suit the copy engine";
   if (p.x_rows * (p.x_stride / x_piece) > 0xFFFF0000ll) return "x is larger than 64 GiB";
   return "";
-}
-
-sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
-  const TuningSizes sizes{.rows = p.num_rows,
-                          .width = p.n,
-                          .depth = p.k,
-                          .experts = p.num_experts,
-                          .sms = device.num_sms,
-                          .capability = device.compute_capability};
-  sm90::Policy policy = tuned("grouped_gemm", sizes, ctx, [&](std::string_view text) {
-    sm90::Policy chosen =
-        sm90::select_policy(forms_of(p), p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
-    override_policy("grouped_gemm", text,
-                    {{"prefill", &chosen.prefill, {0, 1}},
-                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176}},
-                     {"stream_k", &chosen.stream_k, {0, 1}},
-                     {"evict_weights", &chosen.evict_weights, {0, 1}}});
-    return chosen;
-  });
-  const sm90::TileConfig config = policy.tiles();
-  policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
-  policy.stream_k =
-      policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
-      ctx.workspace.size() >= sm90::workspace_bytes(forms_of(p), p.num_rows, p.num_experts, p.n, p.k);
-  return policy;
 }
 
 std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
