@@ -19,7 +19,6 @@ struct Fp8Loop {
   using Out = __nv_bfloat16;
   static constexpr int kStepK = 128, kStepElements = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;
 
-  static constexpr int kRun = 1;
   template <Tiling kTiling>
   using Widths = every_width<kFamily, kTiling>;
 
@@ -134,39 +133,24 @@ struct Fp8Loop {
       }
     };
 
-    // While the sums of one block are added, the products of the other are on their way. ptxas follows that
-    // within a run of steps, not from one to the next.
     Scales weight_scales(engine, work);
-    int previous = 0;
-    auto steps = [&]<int kSteps>(int k) {
+    for (int k = work.begin; k < work.end; ++k) {
       float w[Scales::kCount];
+      barrier_wait(&s.full[at.stage], at.phase);
+      fence_async_proxy();
+      issue(at.stage, 0);
+      issue(at.stage, 1);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        barrier_wait(&s.full[at.stage], at.phase);
-        fence_async_proxy();
-        issue(at.stage, 0);
-        if (i > 0) {
-          wgmma_wait<1>();
-          add(previous, 1, w);
-          if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
-        }
-        issue(at.stage, 1);
-#pragma unroll
-        for (int j = 0; j < Scales::kCount; ++j) w[j] = weight_scales.next[j];
-        if (kBlockScales && k + i + 1 < work.end) weight_scales.read(k + i + 1);
-        wgmma_wait<1>();
-        add(at.stage, 0, w);
-        previous = at.stage;
-        at.advance();
-      }
+      for (int j = 0; j < Scales::kCount; ++j) w[j] = weight_scales.next[j];
+      if (kBlockScales && k + 1 < work.end) weight_scales.read(k + 1);
+      wgmma_wait<1>();
+      add(at.stage, 0, w);
       wgmma_wait<0>();
-      add(previous, 1, w);
-      if (!kBlockScales && k + kSteps == work.end) scale_rows(w, previous);
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
-    };
-    int k = work.begin;
-    for (; k + kRun <= work.end; k += kRun) steps.template operator()<kRun>(k);
-    for (; k < work.end; ++k) steps.template operator()<1>(k);
+      add(at.stage, 1, w);
+      if (!kBlockScales && k + 1 == work.end) scale_rows(w, at.stage);
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
+      at.advance();
+    }
   }
 };
 
