@@ -135,12 +135,14 @@ struct PieceScales {
     }
     if (f.kind != QuantKind::kFp8 || f.power_of_two) {
       const numeric::PowerOfTwoRule rule = power_of_two_rule(f);
+      if (f.kind == QuantKind::kFp8)
+        for (std::int64_t b = 0; b < blocks; ++b) amax[b] = clamp_amax(f, amax[b]);
       for (std::int64_t b = 0; b < blocks; ++b) {
-        const float m = f.kind == QuantKind::kFp8 ? clamp_amax(f, amax[b]) : amax[b];
-        bytes[b] = numeric::power_of_two_scale(m, rule);
+        bytes[b] = numeric::power_of_two_scale(amax[b], rule);
         factor[b] = numeric::power_of_two_reciprocal(bytes[b]);
-        floats[b] = numeric::e8m0_to_f32(bytes[b]);
       }
+      if (f.scale_dtype() == DType::kF32)
+        for (std::int64_t b = 0; b < blocks; ++b) floats[b] = numeric::e8m0_to_f32(bytes[b]);
       return;
     }
     for (std::int64_t b = 0; b < blocks; ++b) {

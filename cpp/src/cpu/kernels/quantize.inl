@@ -98,7 +98,18 @@ bool amax_by_words(const T* x, std::int64_t n, std::int64_t block, float* amax) 
   constexpr std::uint16_t kInfinity = std::is_same_v<T, BF16> ? 0x7F80 : 0x7C00;
   T most[kQuantizeBlocks + 16] = {};
   const std::int64_t full = n / block, words = block / 16;
-  for (std::int64_t b = 0; b < full; ++b) most[b].bits = max_magnitude(&x[b * block].bits, words);
+  auto full_blocks = [&](auto count) {
+    for (std::int64_t b = 0; b < full; ++b) most[b].bits = max_magnitude(&x[b * block].bits, count);
+  };
+  // Blocks of few words take no longer than their loads when there is no loop over them.
+  if (words == 1)
+    full_blocks(std::integral_constant<std::int64_t, 1>{});
+  else if (words == 2)
+    full_blocks(std::integral_constant<std::int64_t, 2>{});
+  else if (words == 8)
+    full_blocks(std::integral_constant<std::int64_t, 8>{});
+  else
+    full_blocks(words);
   std::int64_t blocks = full;
   if (full * block < n) {
     const T* rest = x + full * block;
