@@ -82,8 +82,9 @@ TEST(CoreInfo, IsConsistent) {
 
 TEST(CoreInfo, ListsWhatAnOpTakes) {
   using Names = std::vector<std::string>;
-  for (const char* op : {"route", "activate", "grouped_gemm", "finalize", "fused_experts"})
+  for (const char* op : {"route", "activate", "grouped_gemm", "fused_experts"})
     EXPECT_EQ(supported(op), (Names{"f32", "f16", "bf16"})) << op;
+  EXPECT_EQ(supported("finalize"), (Names{"f32", "f16", "bf16", "e4m3"}));
   EXPECT_EQ(supported("plan"), (Names{"i32", "i64"}));
   EXPECT_EQ(supported("shuffle_rows"), Names{"any"});
   EXPECT_THROW(supported("softmax"), InvalidArgument);
