@@ -4,10 +4,11 @@
 // Codes are decoded kDecodeStep at a time, and come out in whatever order costs least; arrange() brings the
 // elements of x into the same order when they are packed. A decode_<how>.inl, included before, brings
 //   kDecodeStep, kDecodeParts    elements of a step, and parts that it is decoded in
-//   decode_part<e2m1, scaled, i>(codes, scales, sink)
+//   decode_part<e2m1, scaling, i>(codes, scales, sink)
 //                                part i of a step: sink(v, w) gets the step's vector v, times its scales
 //   arrange<e2m1>(in, out)       one step of f32
-//   ScaleLanes, Scales           the scales of a step, from an f32 for each block
+//   ScaleLanes, Scales           the scales of a step, from an f32 or a byte for each block
+//   kHasTables                   whether e2m1 is looked up in tables
 
 inline constexpr std::int64_t kDecodedDepth = 512;  // columns decoded at a time, a multiple of every block
 inline constexpr std::int64_t kDecodedScales = kDecodedDepth / 16 + 16;
@@ -50,13 +51,26 @@ inline void read_scales(const Codes& codes, const std::byte* scales, std::int64_
 struct CodeRun {
   const std::uint8_t* codes;
   alignas(64) float scale[kDecodedScales];
+  std::uint8_t scale_bytes[kDecodedScales];  // in place of f32, for tables
 
+  template <Scaling scaling>
   void read(const Codes& c, const std::byte* row, const std::byte* scales, std::int64_t first,
             std::int64_t depth) {
     codes = reinterpret_cast<const std::uint8_t*>(row) + (c.e2m1 ? first / 2 : first);
     const std::int64_t blocks = c.block ? (depth + c.block - 1) / c.block : 0;
-    if (c.block) read_scales(c, scales, first / c.block, blocks, scale);
-    std::fill_n(scale + blocks, 16, 1.0f);  // of blocks that a step has and the row has not
+    // Behind them a finite scale for the blocks that a step has and the row has not.
+    if constexpr (scaling == Scaling::kTable32 || scaling == Scaling::kTable16) {
+      const std::byte* from = scales + first / c.block * c.col_pitch;
+      if (c.col_pitch == 1)
+        std::memcpy(scale_bytes, from, static_cast<std::size_t>(blocks));
+      else
+        for (std::int64_t b = 0; b < blocks; ++b)
+          scale_bytes[b] = static_cast<std::uint8_t>(from[b * c.col_pitch]);
+      std::memset(scale_bytes + blocks, 0x38, 16);
+    } else {
+      if (c.block) read_scales(c, scales, first / c.block, blocks, scale);
+      std::fill_n(scale + blocks, 16, 1.0f);
+    }
   }
 };
 
@@ -68,7 +82,7 @@ MOECORE_INLINE void for_parts(Body body) {
 }
 
 /// out = code * scale of a run, in the order of decode_part; zeros up to a whole step.
-template <bool e2m1, bool scaled>
+template <bool e2m1, Scaling scaling>
 void decode_run(const CodeRun& run, const ScaleLanes& lanes, std::int64_t depth, float* out) {
   for (std::int64_t k = 0; k < depth; k += kDecodeStep, out += kDecodeStep) {
     const std::uint8_t* codes = run.codes + (e2m1 ? k / 2 : k);
@@ -77,10 +91,10 @@ void decode_run(const CodeRun& run, const ScaleLanes& lanes, std::int64_t depth,
       std::memcpy(padded, codes, static_cast<std::size_t>(e2m1 ? left / 2 : left));
       codes = padded;
     }
-    const Scales scales = lanes.at(run.scale, k);
+    const Scales scales = lanes.template at<scaling>(run.scale, run.scale_bytes, k);
     for_parts([&](auto part) MOECORE_INLINE_LAMBDA {
-      decode_part<e2m1, scaled, part()>(codes, scales,
-                                        [&](int v, Vec w) MOECORE_INLINE_LAMBDA { store(out + v * W, w); });
+      decode_part<e2m1, scaling, part()>(codes, scales,
+                                         [&](int v, Vec w) MOECORE_INLINE_LAMBDA { store(out + v * W, w); });
     });
   }
 }

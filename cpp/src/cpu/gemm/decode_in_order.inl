@@ -7,10 +7,14 @@ struct ScaleLanes {
   int block;
   explicit ScaleLanes(int block) : block(block) {}
   /// Of the step that begins at column k: no block ends inside of one.
-  Scales at(const float* scale, std::int64_t k) const { return block ? scale[k / block] : 1.0f; }
+  template <Scaling>
+  Scales at(const float* scale, const std::uint8_t*, std::int64_t k) const {
+    return block ? scale[k / block] : 1.0f;
+  }
 };
+inline constexpr bool kHasTables = false;
 
-template <bool e2m1, bool, int, class Sink>
+template <bool e2m1, Scaling, int, class Sink>
 void decode_part(const std::uint8_t* codes, Scales scale, Sink sink) {
   float decoded[kDecodeStep];
   kernels().dequantize_decode(DType::kF32, e2m1, codes, kDecodeStep, kDecodeStep, &scale, decoded);

@@ -28,8 +28,6 @@ constexpr ByteTable half_table(int which, F value) {
     t.bytes[i] = static_cast<std::uint8_t>(numeric::bits(value(i)) >> (16 + 8 * which));
   return t;
 }
-inline constexpr ByteTable kE2m1Low = half_table(0, numeric::e2m1_to_f32);
-inline constexpr ByteTable kE2m1High = half_table(1, numeric::e2m1_to_f32);
 constexpr float small_e4m3(std::uint8_t n) {
   return static_cast<float>(n) * 0x1p-9f;
 }
@@ -49,36 +47,65 @@ inline constexpr ByteTable kNormalLow = [] {
   return t;
 }();
 
-// A step has a scale for every lane and, where blocks are half a lane, for every half of one.
+// The upper halves of every e2m1 times every scale, which hold the products: e8m0 is a power of two and e4m3
+// has four bits.
+struct ScaledTables {
+  struct {
+    ByteTable low, high;
+  } of[256];
+
+  explicit ScaledTables(float (*scale)(std::uint8_t)) {
+    for (int s = 0; s < 256; ++s) {
+      auto product = [&](std::uint8_t code) {
+        return numeric::e2m1_to_f32(code) * scale(static_cast<std::uint8_t>(s));
+      };
+      of[s] = {half_table(0, product), half_table(1, product)};
+    }
+  }
+};
+inline const ScaledTables& tables_of(int block) {
+  static const ScaledTables e8m0(numeric::e8m0_to_f32), e4m3(numeric::e4m3_to_f32);
+  return block == 16 ? e4m3 : e8m0;
+}
+inline constexpr bool kHasTables = true;
+
+// A step of e4m3 lies in one block. One of e2m1 has a table for every lane of 32 columns and, where blocks
+// are half a lane, for every half of one.
 struct Scales {
-  Vec half[2];
+  Vec factor;
+  Bytes low[2], high[2];
 };
 struct ScaleLanes {
   int shift;  // from a column to its block; no block: to 0
-  Ints first, second;
+  const ScaledTables& tables;
 
-  explicit ScaleLanes(int block) : shift(block ? __builtin_ctz(static_cast<unsigned>(block)) : 62) {
-    // e2m1: a lane is 32 columns. e4m3 scales are those of 128 columns, which a step of 64 or 128 lies in.
-    const int step = block == 16 ? 2 : block == 32 ? 1 : 0;
-    std::int32_t index[W];
-    for (int i = 0; i < W; ++i) index[i] = i / 4 * step;
-    std::memcpy(&first, index, sizeof first);
-    second = first + set_int(block == 16);
-  }
-  Scales at(const float* scale, std::int64_t k) const {
-    const Vec s = load(scale + (k >> shift));
-    return {permute(s, first), permute(s, second)};
+  explicit ScaleLanes(int block)
+      : shift(block ? __builtin_ctz(static_cast<unsigned>(block)) : 62), tables(tables_of(block)) {}
+
+  template <Scaling scaling>
+  MOECORE_INLINE Scales at(const float* scale, const std::uint8_t* bytes, std::int64_t k) const {
+    Scales s;
+    if constexpr (scaling == Scaling::kProduct) s.factor = set(scale[k >> shift]);
+    if constexpr (scaling == Scaling::kTable32 || scaling == Scaling::kTable16) {
+      constexpr int kHalves = scaling == Scaling::kTable16 ? 2 : 1;
+      const std::uint8_t* index = bytes + (k >> shift);
+      for (int h = 0; h < 2; ++h) {
+        s.low[h] = lane_tables(tables.of[0].low.bytes, index + h % kHalves, kHalves);
+        s.high[h] = lane_tables(tables.of[0].high.bytes, index + h % kHalves, kHalves);
+      }
+    }
+    return s;
   }
 };
 
 // Part i = 0 .. 3 of a step as words: two vectors of floats.
 template <bool e2m1, int i>
-MOECORE_INLINE Bytes decode_words(const std::uint8_t* codes) {
+MOECORE_INLINE Bytes decode_words(const std::uint8_t* codes, const Scales& scales) {
   Bytes low, high;
   if constexpr (e2m1) {
     const Bytes v = bytes_at(codes), nibbles = i < 2 ? v & all_bytes(15) : high_nibbles(v);
-    low = lookup(table(kE2m1Low.bytes), nibbles);
-    high = lookup(table(kE2m1High.bytes), nibbles);
+    low = lookup(scales.low[i % 2], nibbles);
+    high = lookup(scales.high[i % 2], nibbles);
   } else {
     const Bytes v = bytes_at(codes + i / 2 * 4 * W), magnitude = v & all_bytes(0x7F);
     // Its low nibble is (e mmm), its highest bit whether eee is not 0.
@@ -90,12 +117,16 @@ MOECORE_INLINE Bytes decode_words(const std::uint8_t* codes) {
   return i % 2 == 0 ? interleave_low(low, high) : interleave_high(low, high);
 }
 
-template <bool e2m1, bool scaled, int i, class Sink>
+template <bool e2m1, Scaling scaling, int i, class Sink>
 MOECORE_INLINE void decode_part(const std::uint8_t* codes, const Scales& scales, Sink sink) {
-  const Bytes words = decode_words<e2m1, i>(codes);
-  const Vec even = low_words(words), odd = high_words(words), scale = scales.half[e2m1 ? i % 2 : 0];
-  sink(2 * i, scaled ? even * scale : even);
-  sink(2 * i + 1, scaled ? odd * scale : odd);
+  const Bytes words = decode_words<e2m1, i>(codes, scales);
+  Vec even = low_words(words), odd = high_words(words);
+  if constexpr (scaling == Scaling::kProduct) {
+    even = even * scales.factor;
+    odd = odd * scales.factor;
+  }
+  sink(2 * i, even);
+  sink(2 * i + 1, odd);
 }
 
 template <bool e2m1>

@@ -183,7 +183,7 @@ void dot_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::in
 
 // Codes that one group of rows meets straight from the registers they are decoded in. The same sums in the
 // same order as dot_tile on what decode_run stores.
-template <class P, bool e2m1, bool scaled, int kRows, int kCols>
+template <class P, bool e2m1, Scaling scaling, int kRows, int kCols>
 void decoding_tile(const Vec* x, const CodeRun (&w)[kCols], const ScaleLanes& lanes, std::int64_t depth,
                    bool fresh, float* c, int c_pitch, int c_step) {
   Vec sum[kRows][kCols];
@@ -202,7 +202,7 @@ void decoding_tile(const Vec* x, const CodeRun (&w)[kCols], const ScaleLanes& la
     for (int j = 0; j < kCols; ++j) {
       codes[j] = w[j].codes + (e2m1 ? k / 2 : k);
       __builtin_prefetch(codes[j] + kAhead);
-      scales[j] = lanes.at(w[j].scale, k);
+      scales[j] = lanes.template at<scaling>(w[j].scale, w[j].scale_bytes, k);
     }
     if (const std::int64_t left = depth - k; left < kDecodeStep)
       for (int j = 0; j < kCols; ++j) {
@@ -213,7 +213,7 @@ void decoding_tile(const Vec* x, const CodeRun (&w)[kCols], const ScaleLanes& la
     for_parts([&](auto part) MOECORE_INLINE_LAMBDA {
 #pragma GCC unroll 8
       for (int j = 0; j < kCols; ++j)
-        decode_part<e2m1, scaled, part()>(codes[j], scales[j], [&](int v, Vec wv) MOECORE_INLINE_LAMBDA {
+        decode_part<e2m1, scaling, part()>(codes[j], scales[j], [&](int v, Vec wv) MOECORE_INLINE_LAMBDA {
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) sum[i][j] = P::multiply_add(x[v * kRows + i], wv, sum[i][j]);
         });
@@ -231,7 +231,7 @@ void decoding_tile(const Vec* x, const CodeRun (&w)[kCols], const ScaleLanes& la
 
 // dot_run for weights that are codes. One group of few rows decodes as it multiplies; otherwise a tile is
 // decoded once, into L1, for all groups.
-template <class P, bool e2m1, bool scaled, int kRows, int kCols>
+template <class P, bool e2m1, Scaling scaling, int kRows, int kCols>
 void decoding_tile_run(const Product& p, const Panel<P>& x, const WeightRows& run, int col, int c_step,
                        std::int64_t start, std::int64_t packed, float* c) {
   const ScaleLanes lanes(p.w_codes->block);
@@ -241,30 +241,30 @@ void decoding_tile_run(const Product& p, const Panel<P>& x, const WeightRows& ru
     CodeRun codes[kCols];
     for (int j = 0; j < kCols; ++j) {
       const int n = col + j * c_step;
-      codes[j].read(*p.w_codes, run.data + n * p.w_pitch, p.w_codes->scales_of(run.first + n), start + first,
-                    depth);
+      codes[j].template read<scaling>(*p.w_codes, run.data + n * p.w_pitch,
+                                      p.w_codes->scales_of(run.first + n), start + first, depth);
     }
     if (x.groups.count == 1 && kRows <= P::kDecodingRows) {
-      decoding_tile<P, e2m1, scaled, kRows>(x.data + first / W * kRows, codes, lanes, depth, fresh, c + col,
-                                            p.c_pitch, c_step);
+      decoding_tile<P, e2m1, scaling, kRows>(x.data + first / W * kRows, codes, lanes, depth, fresh, c + col,
+                                             p.c_pitch, c_step);
     } else {
       alignas(64) float decoded[kCols][kDecodedDepth];
-      for (int j = 0; j < kCols; ++j) decode_run<e2m1, scaled>(codes[j], lanes, depth, decoded[j]);
+      for (int j = 0; j < kCols; ++j) decode_run<e2m1, scaling>(codes[j], lanes, depth, decoded[j]);
       const Tile tile{reinterpret_cast<const std::byte*>(decoded), sizeof decoded[0], 0, c_step};
       dot_groups<P, kRows, kCols>(x, first / P::kStep, tile, whole_steps(depth), fresh, c + col, p.c_pitch);
     }
   }
 }
 
-template <class P, bool e2m1, bool scaled, int kRows>
+template <class P, bool e2m1, Scaling scaling, int kRows>
 void decoding_run(const Product& p, const Panel<P>& x, const WeightRows& run, std::int64_t start,
                   std::int64_t packed, float* c) {
   constexpr int kCols = P::cols(kRows);
   const int tiles = run.rows / kCols;
   for (int t = 0; t < tiles; ++t)
-    decoding_tile_run<P, e2m1, scaled, kRows, kCols>(p, x, run, t, tiles, start, packed, c);
+    decoding_tile_run<P, e2m1, scaling, kRows, kCols>(p, x, run, t, tiles, start, packed, c);
   for (int n = tiles * kCols; n < run.rows; ++n)
-    decoding_tile_run<P, e2m1, scaled, kRows, 1>(p, x, run, n, 1, start, packed, c);
+    decoding_tile_run<P, e2m1, scaling, kRows, 1>(p, x, run, n, 1, start, packed, c);
 }
 
 template <class P, int kRows>
@@ -272,12 +272,16 @@ void dot_any_run(const Product& p, const Panel<P>& x, const WeightRows& run, std
                  std::int64_t packed, float* c) {
   if constexpr (!P::kDecodes)
     dot_run<P, kRows>(p, x, run, start, packed, c);
-  else if (p.w_codes->e2m1)
-    decoding_run<P, true, true, kRows>(p, x, run, start, packed, c);
-  else if (p.w_codes->block)
-    decoding_run<P, false, true, kRows>(p, x, run, start, packed, c);
+  else if (!p.w_codes->e2m1 && p.w_codes->block == 0)
+    decoding_run<P, false, Scaling::kNone, kRows>(p, x, run, start, packed, c);
+  else if (!p.w_codes->e2m1)
+    decoding_run<P, false, Scaling::kProduct, kRows>(p, x, run, start, packed, c);
+  else if constexpr (!kHasTables)
+    decoding_run<P, true, Scaling::kProduct, kRows>(p, x, run, start, packed, c);
+  else if (p.w_codes->block == 32)
+    decoding_run<P, true, Scaling::kTable32, kRows>(p, x, run, start, packed, c);
   else
-    decoding_run<P, false, false, kRows>(p, x, run, start, packed, c);
+    decoding_run<P, true, Scaling::kTable16, kRows>(p, x, run, start, packed, c);
 }
 
 // The same for the number of rows in the largest group, a switch unrolled.

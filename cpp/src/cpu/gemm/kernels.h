@@ -27,6 +27,14 @@ struct WeightRows {
   std::int64_t first = 0;  // number of the first one among the expert's
 };
 
+/// How a step of codes gets its scales.
+enum class Scaling {
+  kNone,
+  kProduct,  // multiplied by them
+  kTable32,  // looked up in a table that contains them, one for each scale byte; blocks of 32 columns
+  kTable16,
+};
+
 /// How the codes of an operand become f32. Scales that a whole row shares are left to Finish.
 struct Codes {
   bool e2m1 = false;                  // else e4m3

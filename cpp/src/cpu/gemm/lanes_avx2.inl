@@ -10,6 +10,13 @@ MOECORE_INLINE Bytes bytes_at(const std::uint8_t* p) {
 MOECORE_INLINE Bytes table(const std::uint8_t* p) {
   return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+/// Lane l: 16 bytes at p + 32 * index[l * step].
+MOECORE_INLINE Bytes lane_tables(const std::uint8_t* p, const std::uint8_t* index, int step) {
+  auto at = [&](int lane) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(p + 32 * index[lane * step]));
+  };
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1)};
+}
 MOECORE_INLINE Bytes all_bytes(int x) {
   return {_mm256_set1_epi8(static_cast<char>(x))};
 }

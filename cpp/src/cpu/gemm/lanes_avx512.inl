@@ -10,6 +10,16 @@ MOECORE_INLINE Bytes bytes_at(const std::uint8_t* p) {
 MOECORE_INLINE Bytes table(const std::uint8_t* p) {
   return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+/// Lane l: 16 bytes at p + 32 * index[l * step].
+MOECORE_INLINE Bytes lane_tables(const std::uint8_t* p, const std::uint8_t* index, int step) {
+  auto at = [&](int lane) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(p + 32 * index[lane * step]));
+  };
+  __m512i v = _mm512_castsi128_si512(at(0));
+  v = _mm512_inserti32x4(v, at(1), 1);
+  v = _mm512_inserti32x4(v, at(2), 2);
+  return {_mm512_inserti32x4(v, at(3), 3)};
+}
 MOECORE_INLINE Bytes all_bytes(int x) {
   return {_mm512_set1_epi8(static_cast<char>(x))};
 }
