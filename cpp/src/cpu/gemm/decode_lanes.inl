@@ -11,8 +11,8 @@
 // value is (e mmm) * 2^-9, in subnormals as in the binade above them. Lookups that do not apply give 0
 // through the index's highest bit, and what is looked up is combined by OR.
 //
-// Over a file's Bytes: bytes_at, table, all_bytes, &, |, ^, +, equal, lookup, high_nibbles, interleave_low
-// and _high, low_words, high_words; and load_lanes, transpose_lanes, even_and_odd, permute.
+// Over a file's Bytes: bytes_at, table, lane_tables, all_bytes, &, |, ^, +, equal, lookup, high_nibbles,
+// interleave_low and _high, low_words, high_words; and load_lanes, transpose_lanes, even_and_odd.
 
 inline constexpr int kDecodeStep = 8 * W, kDecodeParts = 4;
 

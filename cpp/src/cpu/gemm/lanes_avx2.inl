@@ -79,7 +79,3 @@ MOECORE_INLINE void even_and_odd(Vec a, Vec b, Vec& even, Vec& odd) {
   even.v = _mm256_shuffle_ps(a.v, b.v, 0x88);
   odd.v = _mm256_shuffle_ps(a.v, b.v, 0xDD);
 }
-/// Element i is a[index[i]], over the whole vector.
-MOECORE_INLINE Vec permute(Vec a, Ints index) {
-  return {_mm256_permutevar8x32_ps(a.v, index.v)};
-}

@@ -85,7 +85,3 @@ MOECORE_INLINE void even_and_odd(Vec a, Vec b, Vec& even, Vec& odd) {
   even.v = _mm512_shuffle_ps(a.v, b.v, 0x88);
   odd.v = _mm512_shuffle_ps(a.v, b.v, 0xDD);
 }
-/// Element i is a[index[i]], over the whole vector.
-MOECORE_INLINE Vec permute(Vec a, Ints index) {
-  return {_mm512_permutexvar_ps(index.v, a.v)};
-}
