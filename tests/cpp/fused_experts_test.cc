@@ -97,6 +97,9 @@ struct Layer {
   }
 };
 
+// Asks for the kernel that runs a layer in one piece, also where the composition is the faster one.
+constexpr std::string_view kOneKernel = "fused_experts.fused=1";
+
 class FusedExperts : public OnDeviceDType {
  protected:
   Array run(const LayerCase& c, const Layer& layer, int num_threads = 0, std::string_view policy = "") {
@@ -213,12 +216,13 @@ class FusedExperts : public OnDeviceDType {
   void expect_layer(const LayerCase& c) {
     SCOPED_TRACE(::testing::Message() << c);
     const Layer layer(c, device(), dtype(), Random(17));
-    const Array composed = run(c, layer, 0, "fused=0");
+    const Array composed = run(c, layer, 0, "fused_experts.fused=0");
     EXPECT_TRUE(equal(composed, compose(c, layer))) << "against the composition of the public ops";
     const Bounded expected = reference(c, layer);
     EXPECT_TRUE(within(composed, expected, dtype())) << "against the layer in double";
     if (device().type == DeviceType::kCUDA) {
-      EXPECT_TRUE(within(run(c, layer), expected, dtype())) << "one kernel against the layer in double";
+      EXPECT_TRUE(within(run(c, layer, 0, kOneKernel), expected, dtype()))
+          << "one kernel against the layer in double";
     }
   }
 };
@@ -347,7 +351,7 @@ TEST_P(FusedExperts, ReplaysAsAGraph) {
 
 class FusedExpertsOneKernel : public FusedExperts {
  protected:
-  std::string explain(const LayerCase& c, const Layer& layer, std::string_view policy = "") {
+  std::string explain(const LayerCase& c, const Layer& layer, std::string_view policy = kOneKernel) {
     const RoutingCase& r = c.routing;
     Tensor out(device(), dtype(), {r.num_tokens, c.hidden});
     Call call(device(), fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden,
@@ -359,19 +363,19 @@ class FusedExpertsOneKernel : public FusedExperts {
                   layer.experts(c.activation), out, {}, call);
     return text;
   }
-  bool is_taken(const LayerCase& c) {
-    return explain(c, Layer(c, device(), dtype(), Random(3))).find("one kernel:") != std::string::npos &&
-           explain(c, Layer(c, device(), dtype(), Random(3))).find("not one kernel") == std::string::npos;
+  bool is_taken(const LayerCase& c, std::string_view policy = kOneKernel) {
+    return explain(c, Layer(c, device(), dtype(), Random(3)), policy).find("cuda, one kernel:") !=
+           std::string::npos;
   }
 };
 
 // Model shapes, tiles and steps that do not divide, one expert with more rows than a pass, more passes than
 // blocks, fewer columns than blocks.
 TEST_P(FusedExpertsOneKernel, ShapesAndRoutings) {
-  for (const LayerCase& c : {LayerCase{.routing = {1, 8, 32}, .hidden = 2048, .inter = 768},
-                             LayerCase{.routing = {2, 2, 4}, .hidden = 1024, .inter = 3584},
-                             LayerCase{.routing = {3, 4, 16}, .hidden = 2880, .inter = 360},
-                             LayerCase{.routing = {8, 8, 64}, .hidden = 520, .inter = 264},
+  for (const LayerCase& c : {LayerCase{.routing = {1, 4, 8}, .hidden = 2048, .inter = 384},
+                             LayerCase{.routing = {2, 2, 4}, .hidden = 512, .inter = 1544},
+                             LayerCase{.routing = {3, 4, 8}, .hidden = 2880, .inter = 120},
+                             LayerCase{.routing = {8, 8, 64}, .hidden = 136, .inter = 72},
                              LayerCase{.routing = {16, 4, 8, Routing::kHot}, .hidden = 256, .inter = 128},
                              LayerCase{.routing = {37, 1, 2, Routing::kHot}, .hidden = 72, .inter = 200},
                              LayerCase{.routing = {64, 8, 16}, .hidden = 128, .inter = 64},
@@ -409,7 +413,14 @@ TEST_P(FusedExpertsOneKernel, RepeatedIds) {
   Layer layer(c, device(), dtype(), Random(4));
   for (double& id : layer.ids.values) id = 2;
   layer.id_tensor.set(layer.ids);
-  EXPECT_TRUE(within(run(c, layer), reference(c, layer), dtype()));
+  EXPECT_TRUE(within(run(c, layer, 0, kOneKernel), reference(c, layer), dtype()));
+}
+
+TEST_P(FusedExpertsOneKernel, IsTakenOnRequest) {
+  const LayerCase c{.routing = {1, 4, 8}, .hidden = 256, .inter = 128};
+  EXPECT_TRUE(is_taken(c));
+  EXPECT_FALSE(is_taken(c, ""));
+  EXPECT_FALSE(is_taken(c, "fused_experts.fused=0"));
 }
 
 TEST_P(FusedExpertsOneKernel, SaysWhyNot) {
@@ -429,6 +440,7 @@ TEST_P(FusedExpertsOneKernel, ThousandReplaysOfChangingRoutings) {
   const Stream stream(device());
   Call call(device(), fused_experts_workspace_bytes(4, 4, 24, c.hidden, c.inter, dtype(), device()));
   call.context().stream = stream.get();
+  call.context().policy = kOneKernel;
   const auto work = [&] {
     fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
                   layer.experts(c.activation), out, {}, call);
@@ -444,7 +456,7 @@ TEST_P(FusedExpertsOneKernel, ThousandReplaysOfChangingRoutings) {
     out.poison();
     graph.launch();
     const Array replayed = out.get();
-    ASSERT_TRUE(equal(replayed, run(c, layer))) << "replay " << seed;
+    ASSERT_TRUE(equal(replayed, run(c, layer, 0, kOneKernel))) << "replay " << seed;
     if (seed % 20 == 0) {
       ASSERT_TRUE(within(replayed, reference(c, layer), dtype())) << "replay " << seed;
     }
@@ -507,13 +519,14 @@ struct QuantizedLayer {
             .inter_scale = Layer::view(inter_scale)};
   }
 
-  Array run() const {
+  Array run(std::string_view policy = "") const {
     const RoutingCase& r = c.routing;
     const Device device = layer.x_tensor.view().device;
     const DType dtype = layer.x_tensor.view().dtype;
     Tensor out(device, dtype, {r.num_tokens, c.hidden});
-    const Call call(device, fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden,
-                                                          c.inter, dtype, device, pair.x, pair.weights));
+    Call call(device, fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter,
+                                                    dtype, device, pair.x, pair.weights));
+    call.context().policy = policy;
     fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
                   experts(), out, options(), call);
     EXPECT_TRUE(out.surroundings_intact());
@@ -610,10 +623,30 @@ TEST_P(FusedExperts, QuantizedIsTheComposition) {
     for (const LayerCase& c : cases) {
       SCOPED_TRACE(::testing::Message() << pair.name << " " << c);
       const QuantizedLayer quantized(c, pair, device(), dtype(), Random(17));
-      const Array out = quantized.run();
+      const Array out = quantized.run("fused_experts.fused=0");
       EXPECT_TRUE(equal(out, quantized.compose())) << "against the composition of the public ops";
       if (!pair.x)
         EXPECT_TRUE(within(out, reference(c, quantized.layer, 8), dtype())) << "against the layer in double";
+    }
+  }
+}
+
+TEST_P(FusedExpertsOneKernel, QuantizedWeights) {
+  for (const FormatPair& pair : format_pairs()) {
+    if (pair.x) continue;
+    std::vector<LayerCase> cases = {
+        {.routing = {1, 2, 8}, .hidden = 1280, .inter = 640},
+        {.routing = {9, 4, 16, Routing::kInvalid}, .hidden = 256, .inter = 512, .residual = true},
+        {.routing = {33, 2, 4, Routing::kHot}, .hidden = 128, .inter = 384, .weight_on_input = true},
+        {.routing = {5, 3, 6},
+         .hidden = 480,
+         .inter = 2144,
+         .activation = Activation::gpt_oss(),
+         .bias = dtype()}};
+    for (const LayerCase& c : cases) {
+      SCOPED_TRACE(::testing::Message() << pair.name << " " << c);
+      const QuantizedLayer quantized(c, pair, device(), dtype(), Random(17));
+      EXPECT_TRUE(within(quantized.run(kOneKernel), reference(c, quantized.layer, 8), dtype()));
     }
   }
 }

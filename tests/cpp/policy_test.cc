@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/activate_policy.h"
+#include "cuda/decode/policy.h"
 #include "cuda/finalize_policy.h"
 #include "cuda/permute_policy.h"
 #include "cuda/plan_policy.h"
@@ -370,6 +371,44 @@ TEST(PolicyTuning, ALineHoldsWhereEveryConditionDoes) {
       EXPECT_EQ(rule.matches({.rows = rows, .sms = sms}), rows >= 8 && rows <= 64 && sms == 132)
           << rows << " rows, " << sms << " SMs";
   EXPECT_TRUE(TuningRule{}.matches({}));
+}
+
+TEST(PolicyDecode, StepsCoverTheDepthAndStagesFit) {
+  constexpr int kSmemOfAnSm90 = 227 * 1024, kSmallestRing = kSmemOfAnSm90 - 64 * 1024;
+  struct Form {
+    int bits, block, scale_bytes;
+  };
+  for (const Form& f : {Form{16, 0, 0}, Form{8, 0, 4}, Form{8, 128, 4}, Form{4, 32, 1}, Form{4, 16, 1}})
+    for (int k : {32, 64, 96, 768, 2048, 2880, 7168, 14336, 16384})
+      for (int row_bytes : {512, 1024, 2048, 4096}) {
+        SCOPED_TRACE(::testing::Message() << f.bits << " bits, blocks of " << f.block << ", k " << k
+                                          << " in steps of " << row_bytes << " bytes");
+        const cuda::decode::Steps s = cuda::decode::cut_depth(k, f.bits, f.block, f.scale_bytes, row_bytes);
+        EXPECT_GE(s.count * s.depth, k);
+        EXPECT_LT((s.count - 1) * s.depth, k);
+        EXPECT_EQ(s.depth % cuda::decode::kChunk, 0);
+        if (f.block) {
+          EXPECT_EQ(s.depth % f.block, 0);
+          EXPECT_GE(s.scale_pitch, s.depth / f.block * f.scale_bytes + 15);
+        }
+        EXPECT_GE(s.weight_pitch, s.depth * f.bits / 8);
+        EXPECT_GE(s.x_pitch, s.depth * 2);
+        for (int pitch : {s.weight_pitch, s.scale_pitch, s.x_pitch}) EXPECT_EQ(pitch % 16, 0);
+        if (row_bytes == 512) {
+          EXPECT_LE(2 * s.bytes(cuda::decode::kMaxRows), kSmallestRing);
+        }
+      }
+}
+
+TEST(PolicyDecode, RunsOnRequestWithinItsLimits) {
+  for (std::int64_t tokens : {0, 1, 2, 8, 64, 512}) {
+    const cuda::decode::Policy policy = cuda::decode::select_policy(tokens);
+    EXPECT_EQ(policy.fused, 0);
+    EXPECT_GE(policy.rows, 1);
+    EXPECT_LE(policy.rows, cuda::decode::kMaxRows);
+    EXPECT_LE(policy.stages, cuda::decode::kMaxStages);
+  }
+  EXPECT_LE(cuda::decode::kThreads, kMaxThreads);
 }
 
 }  // namespace

@@ -94,7 +94,7 @@ void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig&
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(config.smem_bytes)),
           op, "raising the shared memory limit");
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned num_attributes = 0;
   if (config.dependent && device.compute_capability >= 90) {
     attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -105,6 +105,10 @@ void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig&
     attributes[num_attributes].val.clusterDim.x = config.cluster.x;
     attributes[num_attributes].val.clusterDim.y = config.cluster.y;
     attributes[num_attributes++].val.clusterDim.z = config.cluster.z;
+  }
+  if (config.cooperative) {
+    attributes[num_attributes].id = cudaLaunchAttributeCooperative;
+    attributes[num_attributes++].val.cooperative = 1;
   }
   cudaLaunchConfig_t raw{};
   raw.gridDim = config.grid;

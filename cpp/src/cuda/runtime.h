@@ -61,6 +61,8 @@ struct LaunchConfig {
   /// dev::wait_for_predecessor() before it touches global memory. Ignored below compute capability 9.0.
   bool dependent = false;
   dim3 cluster{1};
+  /// Start only when all blocks fit the device at once, for kernels whose blocks wait for each other.
+  bool cooperative = false;
 };
 
 /// The untyped half of launch().

@@ -4,6 +4,7 @@
 #include "moecore/error.h"
 #include "ops/activate.h"
 #include "ops/finalize.h"
+#include "ops/fused_experts.h"
 #include "ops/grouped_gemm.h"
 #include "ops/info.h"
 #include "ops/permute.h"
@@ -45,6 +46,12 @@ void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
 }
 void finalize(const FinalizeProblem&, const ExecContext&) {
   refuse("finalize");
+}
+std::string run_decode(const FusedExpertsProblem&, const ExecContext&) {
+  refuse("fused_experts");
+}
+std::size_t decode_workspace_bytes(std::int64_t, std::int64_t, std::int64_t) {
+  refuse("fused_experts");
 }
 void transpose_experts(const TransposeProblem&, const ExecContext&) {
   refuse("transpose_experts");

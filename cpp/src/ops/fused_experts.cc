@@ -1,5 +1,5 @@
-// fused_experts: validates the whole layer first, carves the workspace, then calls the public ops in turn.
-// The layer has no kernels of its own, so its bits are those of the composition.
+// fused_experts: validates the whole layer first, then hands it to the engine that runs a few routes in one
+// piece, or carves the workspace and calls the public ops in turn.
 
 #include "moecore/fused_experts.h"
 
@@ -15,6 +15,7 @@
 #include "moecore/quantize.h"
 #include "ops/activate.h"
 #include "ops/finalize.h"
+#include "ops/fused_experts.h"
 #include "ops/grouped_gemm.h"
 #include "ops/quantize.h"
 
@@ -86,6 +87,59 @@ struct Layout {
   }
 };
 
+/// The form that an engine takes which runs the layer in one piece.
+FusedExpertsProblem decode_problem(const Check& check, const TensorView& x, const TensorView& weights,
+                                   const TensorView& ids, const TensorView& w13, const TensorView& w2,
+                                   const Experts& experts, const TensorView& out,
+                                   const FusedExpertsOptions& options) {
+  FusedExpertsProblem p{.ids = IndexRef(ids),
+                        .ids_stride = ids.strides[0],
+                        .first_expert = options.first_expert,
+                        .weights = weights.data,
+                        .weight_dtype = weights.dtype,
+                        .weights_stride = weights.strides[0],
+                        .weight_on_input = options.apply_router_weight_on_input,
+                        .out = out.data,
+                        .out_stride = out.strides[0],
+                        .num_tokens = x.shape[0],
+                        .top_k = ids.shape[1],
+                        .num_experts = experts.num_experts(),
+                        .hidden = x.shape[1],
+                        .inter = experts.inter()};
+  if (options.expert_map) {
+    p.expert_map = static_cast<const std::int32_t*>(options.expert_map->data);
+    p.num_global = options.expert_map->shape[0];
+  }
+  if (options.residual) {
+    p.residual = options.residual->data;
+    p.residual_stride = options.residual->strides[0];
+  }
+  auto product = [&](const TensorView& matrix, const std::optional<OperandScales>& scales,
+                     const std::optional<TensorView>& bias) {
+    GroupedGemmProblem g{.dtype = x.dtype,
+                         .weights = matrix.data,
+                         .weight_expert_stride = matrix.strides[0],
+                         .weight_row_stride = matrix.strides[1],
+                         .num_experts = matrix.shape[0],
+                         .n = matrix.shape[1],
+                         .k = matrix.shape[2]};
+    g.x_scales.form = form_of(options.x_format);
+    if (scales) g.weight_scales = check_operand_scales(check, "weight_scales", *scales, matrix);
+    if (bias) {
+      g.bias = bias->data;
+      g.bias_dtype = bias->dtype;
+      g.bias_stride = bias->strides[0];
+    }
+    return g;
+  };
+  p.up = product(w13, experts.w13_scales, experts.w13_bias);
+  p.up.x = x.data;
+  p.up.x_stride = x.strides[0];
+  p.up.activation = experts.activation;
+  p.down = product(w2, experts.w2_scales, experts.w2_bias);
+  return p;
+}
+
 // The formats of the layer: scales of both matrices, then what x and the inter rows are quantised to. Returns
 // that of the weights.
 std::optional<QuantFormat> check_formats(const Check& check, const TensorView& w13, const TensorView& w2,
@@ -126,9 +180,10 @@ std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t 
                                           DType dtype, Device device,
                                           const std::optional<QuantFormat>& x_format,
                                           const std::optional<QuantFormat>& weight_format) {
-  return Layout(nullptr, num_tokens, top_k, num_experts, hidden, inter, dtype, DType::kF32, device, x_format,
-                weight_format)
-      .bytes;
+  const Layout layout(nullptr, num_tokens, top_k, num_experts, hidden, inter, dtype, DType::kF32, device,
+                      x_format, weight_format);
+  const bool on_cuda = device.type == DeviceType::kCUDA;
+  return std::max(layout.bytes, on_cuda ? cuda::decode_workspace_bytes(num_tokens, top_k, inter) : 0);
 }
 
 void fused_experts(const TensorView& x, const TensorView& weights, const TensorView& ids,
@@ -179,6 +234,14 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   }
   check.workspace(fused_experts_workspace_bytes(num_tokens, top_k, num_experts, hidden, inter, x.dtype,
                                                 ctx.device, options.x_format, weight_format));
+
+  if (ctx.device.type == DeviceType::kCUDA) {
+    const std::string why =
+        cuda::run_decode(decode_problem(check, x, weights, ids, w13, w2, experts, out, options), ctx);
+    if (why.empty()) return;
+    if (ctx.explain)
+      ctx.explain->append("fused_experts: the ops below one after the other; not one kernel: " + why + "\n");
+  }
 
   Layout layout(ctx.workspace.data(), num_tokens, top_k, num_experts, hidden, inter, x.dtype, weights.dtype,
                 ctx.device, options.x_format, weight_format);
