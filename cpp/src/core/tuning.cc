@@ -15,7 +15,7 @@ namespace {
 
 struct SizeName {
   std::string_view name;
-  std::int64_t TuningSizes::* member;
+  TuningSizes::Member member;
 };
 constexpr SizeName kSizes[] = {
     {"rows", &TuningSizes::rows},   {"width", &TuningSizes::width},

@@ -24,12 +24,14 @@ struct TuningSizes {
   std::int64_t experts = 0;     // E
   std::int64_t sms = 0;         // of the device
   std::int64_t capability = 0;  // of the device: 90 for 9.0
+
+  using Member = std::int64_t TuningSizes::*;
 };
 
 struct TuningRule {
   enum class Relation { kEqual, kAtMost, kAtLeast };
   struct Condition {
-    std::int64_t TuningSizes::* size;
+    TuningSizes::Member size;
     Relation relation;
     std::int64_t value;
   };
