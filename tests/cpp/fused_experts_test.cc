@@ -480,9 +480,10 @@ struct QuantizedLayer {
   Operand w13, w2;
   std::optional<Tensor> x_scale, inter_scale;
 
-  QuantizedLayer(const LayerCase& c, const FormatPair& pair, Device device, DType dtype, Random random)
-      : c(c),
-        pair(pair),
+  QuantizedLayer(const LayerCase& layer_case, const FormatPair& formats, Device device, DType dtype,
+                 Random random)
+      : c(layer_case),
+        pair(formats),
         layer(c, device, dtype, random),
         w13({.format = pair.weights, .float_type = dtype, .shape = layer.w13.shape, .place = c.place},
             random),
@@ -625,8 +626,9 @@ TEST_P(FusedExperts, QuantizedIsTheComposition) {
       const QuantizedLayer quantized(c, pair, device(), dtype(), Random(17));
       const Array out = quantized.run("fused_experts.fused=0");
       EXPECT_TRUE(equal(out, quantized.compose())) << "against the composition of the public ops";
-      if (!pair.x)
+      if (!pair.x) {
         EXPECT_TRUE(within(out, reference(c, quantized.layer, 8), dtype())) << "against the layer in double";
+      }
     }
   }
 }

@@ -71,7 +71,8 @@ void convert_scales(const ConvertScalesProblem&, const ExecContext&) {
 std::size_t plan_workspace_bytes(std::int64_t, std::int64_t) {
   refuse("plan");
 }
-std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType, FormPair) {
+std::size_t grouped_gemm_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType,
+                                         FormPair) {
   refuse("grouped_gemm");
 }
 Roof measure_roof(int) {

@@ -22,7 +22,7 @@ struct PermuteProblem : RowMove {
   RowMove scales{};  // moved beside the rows; row_bytes is 0 without them
   std::int64_t x_rows = 0;
   std::int64_t out_rows = 0;
-  IndexRef map;  // [out_rows]: source row, outside [0, x_rows) = zeros
+  IndexRef map{};  // [out_rows]: source row, outside [0, x_rows) = zeros
   // permute only: the same mapping seen from the source, [x_rows, top_k] with -1 for no copy. Rows from
   // *num_rows on are owned by no source row.
   const std::int32_t* slot_row = nullptr;

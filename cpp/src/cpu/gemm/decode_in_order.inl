@@ -5,7 +5,7 @@ inline constexpr int kDecodeStep = 16, kDecodeParts = 1;
 using Scales = float;
 struct ScaleLanes {
   int block;
-  explicit ScaleLanes(int block) : block(block) {}
+  explicit ScaleLanes(int columns) : block(columns) {}
   /// Of the step that begins at column k: no block ends inside of one.
   template <Scaling>
   Scales at(const float* scale, const std::uint8_t*, std::int64_t k) const {

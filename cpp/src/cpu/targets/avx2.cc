@@ -29,6 +29,7 @@ namespace {
 //
 #include "cpu/kernels/activate.inl"
 #include "cpu/kernels/quantize.inl"
+//
 #include "cpu/kernels/finalize.inl"
 #include "cpu/kernels/roof.inl"
 #include "cpu/kernels/route.inl"
