@@ -121,6 +121,28 @@ void bind_route(nb::module_& m) {
       "scale"_a = 1.0f, "is_padding"_a = nb::none(), "stream"_a = nb::none());
 }
 
+// What plan() and route_plan() fill.
+Plan plan_tensors(const OpCall& call, const TensorArg& expert_offsets, const TensorArg& scale_offsets,
+                  const TensorArg& row_token, const TensorArg& slot_row, const OptionalTensor& row_route,
+                  const OptionalTensor& problem_sizes1, const OptionalTensor& problem_sizes2) {
+  return {.expert_offsets = call.in("expert_offsets", expert_offsets),
+          .scale_offsets = call.in("scale_offsets", scale_offsets),
+          .row_token = call.in("row_token", row_token),
+          .slot_row = call.in("slot_row", slot_row),
+          .row_route = call.in("row_route", row_route),
+          .problem_sizes1 = call.in("problem_sizes1", problem_sizes1),
+          .problem_sizes2 = call.in("problem_sizes2", problem_sizes2)};
+}
+
+// Their workspace. What cannot be sized is about to be refused by the op.
+void plan_workspace(OpCall& call, const OptionalTensor& workspace, const TensorView& ids,
+                    std::int64_t num_experts) {
+  const bool sized = ids.ndim == 2 && num_experts > 0;
+  call.workspace(
+      workspace,
+      sized ? plan_workspace_bytes(ids.shape[0], ids.shape[1], num_experts, call.context().device) : 0);
+}
+
 void bind_plan(nb::module_& m) {
   m.def(
       "plan",
@@ -132,13 +154,8 @@ void bind_plan(nb::module_& m) {
          StreamArg stream) {
         OpCall call("plan", ids, stream);
         const TensorView& ids_view = call.in("ids", ids);
-        const Plan out{.expert_offsets = call.in("expert_offsets", expert_offsets),
-                       .scale_offsets = call.in("scale_offsets", scale_offsets),
-                       .row_token = call.in("row_token", row_token),
-                       .slot_row = call.in("slot_row", slot_row),
-                       .row_route = call.in("row_route", row_route),
-                       .problem_sizes1 = call.in("problem_sizes1", problem_sizes1),
-                       .problem_sizes2 = call.in("problem_sizes2", problem_sizes2)};
+        const Plan out = plan_tensors(call, expert_offsets, scale_offsets, row_token, slot_row, row_route,
+                                      problem_sizes1, problem_sizes2);
         const PlanOptions options{.num_experts = num_experts,
                                   .expert_map = call.in("expert_map", expert_map),
                                   .first_expert = first_expert,
@@ -147,11 +164,7 @@ void bind_plan(nb::module_& m) {
                                   .inter = inter,
                                   .gated = gated,
                                   .swap_ab = swap_ab};
-        // What cannot be sized is about to be refused by the op.
-        const bool sized = ids_view.ndim == 2 && num_experts > 0;
-        call.workspace(workspace, sized ? plan_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
-                                                               num_experts, call.context().device)
-                                        : 0);
+        plan_workspace(call, workspace, ids_view, num_experts);
         call.run([&](const ExecContext& ctx) { plan(ids_view, out, options, ctx); });
       },
       "ids"_a, "expert_offsets"_a, "scale_offsets"_a, "row_token"_a, "slot_row"_a, "row_route"_a = nb::none(),
@@ -185,13 +198,8 @@ void bind_route_plan(nb::module_& m) {
         const TensorView& ids_view = call.in("ids", ids);
         const RouteOptions options = route_options(call, "route_plan", scoring, bias, num_groups, topk_groups,
                                                    group_score, renormalize, scale, is_padding);
-        const Plan out{.expert_offsets = call.in("expert_offsets", expert_offsets),
-                       .scale_offsets = call.in("scale_offsets", scale_offsets),
-                       .row_token = call.in("row_token", row_token),
-                       .slot_row = call.in("slot_row", slot_row),
-                       .row_route = call.in("row_route", row_route),
-                       .problem_sizes1 = call.in("problem_sizes1", problem_sizes1),
-                       .problem_sizes2 = call.in("problem_sizes2", problem_sizes2)};
+        const Plan out = plan_tensors(call, expert_offsets, scale_offsets, row_token, slot_row, row_route,
+                                      problem_sizes1, problem_sizes2);
         const PlanOptions plan_options{.num_experts = num_experts,
                                        .expert_map = call.in("expert_map", expert_map),
                                        .first_expert = first_expert,
@@ -200,11 +208,7 @@ void bind_route_plan(nb::module_& m) {
                                        .inter = inter,
                                        .gated = gated,
                                        .swap_ab = swap_ab};
-        // What cannot be sized is about to be refused by the op.
-        const bool sized = ids_view.ndim == 2 && num_experts > 0;
-        call.workspace(workspace, sized ? plan_workspace_bytes(ids_view.shape[0], ids_view.shape[1],
-                                                               num_experts, call.context().device)
-                                        : 0);
+        plan_workspace(call, workspace, ids_view, num_experts);
         call.run([&](const ExecContext& ctx) {
           route_plan(logits_view, weights_view, ids_view, out, options, plan_options, ctx);
         });

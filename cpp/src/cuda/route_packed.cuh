@@ -45,16 +45,7 @@ __device__ __forceinline__ int packed_expert(std::uint64_t packed) {
 // dev::exp(x) for x in [kNearest, 0], where the result is a normal number: the power of two is an addition.
 inline constexpr float kNearest = -86.0f;
 __device__ __forceinline__ float exp_near(float x) {
-  constexpr float kMagic = 12582912.0f;
-  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
-  float r = __fmaf_rn(n, -0x1.62e430p-1f, x);
-  r = __fmaf_rn(n, 0x1.05c610p-29f, r);
-  float q = 0.0013814486131f;
-  q = __fmaf_rn(q, r, 0.00836878055309f);
-  q = __fmaf_rn(q, r, 0.0416683938952f);
-  q = __fmaf_rn(q, r, 0.166665201068f);
-  q = __fmaf_rn(q, r, 0.499999934136f);
-  const float p = __fmaf_rn(r * r, q, r) + 1.0f;
+  const auto [shifted, p] = dev::reduced_exp(x);
   return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
 }
 __device__ __forceinline__ float sigmoid_near(float x) {

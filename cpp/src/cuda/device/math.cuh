@@ -32,12 +32,14 @@ struct Scaled {
   __device__ __forceinline__ float product() const { return value * scale; }
 };
 
-/// e^x in two factors. NaN, infinities, overflow and denormal results as in the exact function.
-__device__ __forceinline__ Scaled scaled_exp(float x) {
-  x = min_or_second(130.0f, max_or_second(-176.1f, x));
-  // x = n * ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
-  constexpr float kMagic = 12582912.0f;
-  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, kMagic), n = shifted - kMagic;
+/// e^x = 2^n * p, where p = e^r, x = n * ln 2 + r and |r| <= ln 2 / 2.
+struct ReducedExp {
+  // Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
+  static constexpr float kMagic = 12582912.0f;
+  float shifted, p;  // n + kMagic
+};
+__device__ __forceinline__ ReducedExp reduced_exp(float x) {
+  const float shifted = __fmaf_rn(x, 0x1.715476p+0f, ReducedExp::kMagic), n = shifted - ReducedExp::kMagic;
   float r = __fmaf_rn(n, -0x1.62e430p-1f, x);
   r = __fmaf_rn(n, 0x1.05c610p-29f, r);
   float q = 0.0013814486131f;
@@ -45,9 +47,14 @@ __device__ __forceinline__ Scaled scaled_exp(float x) {
   q = __fmaf_rn(q, r, 0.0416683938952f);
   q = __fmaf_rn(q, r, 0.166665201068f);
   q = __fmaf_rn(q, r, 0.499999934136f);
-  const float p = __fmaf_rn(r * r, q, r) + 1.0f;
+  return {shifted, __fmaf_rn(r * r, q, r) + 1.0f};
+}
+
+/// e^x in two factors. NaN, infinities, overflow and denormal results as in the exact function.
+__device__ __forceinline__ Scaled scaled_exp(float x) {
+  const auto [shifted, p] = reduced_exp(min_or_second(130.0f, max_or_second(-176.1f, x)));
   // 2^n as two powers: each a normal number, or 0 for n < -252.
-  const int whole = __float_as_int(shifted) - __float_as_int(kMagic), half = whole >> 1;
+  const int whole = __float_as_int(shifted) - __float_as_int(ReducedExp::kMagic), half = whole >> 1;
   return {p * __int_as_float((half + 127) << 23), __int_as_float((whole - half + 127) << 23)};
 }
 

@@ -1,37 +1,24 @@
 #pragma once
-// What the portable engine's kernels share: the tile, the MMA, the way from sums to elements of out.
+// What the portable engine's kernels share: the tile, the way from sums to elements of out.
 //
 // A block of four warps computes 128 weight rows x kTokens tokens, 32 rows a warp, as two blocks of 16 rows;
 // c[2][kTokens / 8][4] holds a warp's sums. Of a block and eight tokens, c[0] and c[1] are row lane / 4 of
 // tokens 2 (lane % 4) and + 1, c[2] and c[3] the row eight further down.
 
 #include "cuda/activation.cuh"
+#include "cuda/device/async.cuh"
+#include "cuda/device/mma.cuh"
 #include "cuda/grouped_gemm/epilogue.cuh"
 #include "cuda/grouped_gemm/tiles.cuh"
 
 namespace moecore::cuda::portable {
 
+using dev::mma;
+using dev::smem_address;
+
 inline constexpr int kThreads = 128;
 inline constexpr int kTileRows = 128;
 inline constexpr int kStages = 3;
-
-__device__ __forceinline__ unsigned smem_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                                    __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 /// Not inlined: the kinds' code once, not for every accumulator.
 static __device__ __noinline__ float apply_activation(const EpilogueArgs& e, float gate, float up) {

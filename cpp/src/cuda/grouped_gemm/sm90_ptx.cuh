@@ -5,22 +5,22 @@
 
 #include <cstdint>
 
+#include "cuda/device/async.cuh"
+
 namespace moecore::cuda::sm90 {
 
-__device__ __forceinline__ std::uint32_t smem_address(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
+using dev::barrier_arrive;
+using dev::barrier_init;
+using dev::barrier_wait;
+using dev::load_acquire;
+using dev::policy_evict_first;
+using dev::smem_address;
+using dev::store_release;
 
 // ---- mbarriers
 
-__device__ __forceinline__ void barrier_init(std::uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(smem_address(barrier)), "r"(arrivals));
-}
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 /// Arrives, and makes the phase wait for `bytes` of copies too.
 __device__ __forceinline__ void barrier_arrive_expect(std::uint64_t* barrier, int bytes) {
@@ -31,16 +31,6 @@ __device__ __forceinline__ void barrier_arrive_expect(std::uint64_t* barrier, in
 __device__ __forceinline__ void barrier_arrive_after_copies(std::uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier))
                : "memory");
-}
-__device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-  std::uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
-        : "=r"(done)
-        : "r"(smem_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!done);
 }
 
 // ---- copies
@@ -62,11 +52,6 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, std::
       "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ std::uint64_t policy_evict_first() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
-  return policy;
-}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -81,17 +66,6 @@ __device__ __forceinline__ void copy_4(std::uint32_t to, const void* from, int b
 /// Orders shared memory seen so far before the tensor core's own reads.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// ---- flags in global memory
-
-__device__ __forceinline__ void store_release(unsigned long long* flag, unsigned long long value) {
-  asm volatile("st.release.gpu.global.u64 [%0],%1;" ::"l"(flag), "l"(value) : "memory");
-}
-__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* flag) {
-  unsigned long long value;
-  asm volatile("ld.acquire.gpu.global.u64 %0,[%1];" : "=l"(value) : "l"(flag) : "memory");
-  return value;
 }
 
 // ---- warpgroups
