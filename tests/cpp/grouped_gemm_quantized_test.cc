@@ -15,6 +15,9 @@
 namespace moecore::test {
 namespace {
 
+bool both_fp8(const FormatPair& p) {
+  return p.x && p.x->kind == QuantKind::kFp8 && p.weights && p.weights->kind == QuantKind::kFp8;
+}
 bool any_fp4(const FormatPair& p) {
   return is_fp4(p.x) || is_fp4(p.weights);
 }
@@ -30,13 +33,15 @@ struct GemmCase {
   Global global = Global::kOne;
   bool as_bytes = true;
   Place place{};
+  std::string_view policy = "";
 
   friend std::ostream& operator<<(std::ostream& out, const GemmCase& c) {
     out << "counts";
     for (std::int64_t n : c.counts) out << " " << n;
     return out << " N=" << c.n << " K=" << c.k << (c.gather ? " gather" : "") << (c.bias ? " bias" : "")
                << (c.row_weights ? " row_weights" : "") << (c.activation ? " activation" : "") << " global "
-               << static_cast<int>(c.global) << (c.as_bytes ? "" : " typed") << " " << c.place.name;
+               << static_cast<int>(c.global) << (c.as_bytes ? "" : " typed") << " " << c.place.name << " "
+               << c.policy;
   }
 };
 
@@ -84,7 +89,10 @@ class GroupedGemmQuantized : public OnDeviceDType {
     x.upload(device());
     weights.upload(device());
 
-    oracle::GemmSpec spec{.activation = c.activation, .scale_roundings = 8};
+    oracle::GemmSpec spec{.activation = c.activation,
+                          .scale_roundings = 8,
+                          .short_sums = device().type == DeviceType::kCUDA && dtype() == DType::kBF16 &&
+                                        both_fp8(p) && c.policy.empty()};
     GroupedGemmOptions options{
         .activation = c.activation, .x_scales = x.scale_view(), .weight_scales = weights.scale_view()};
     const Tensor offset_tensor(device(), DType::kI32, offsets);
@@ -114,7 +122,8 @@ class GroupedGemmQuantized : public OnDeviceDType {
     // Outputs at a place of their own: the operands' offsets are those of bytes.
     const Place out_place{c.place.name, c.place.row_padding, 0};
     Tensor out(device(), dtype(), {num_rows, width}, out_place);
-    const Call call(device(), workspace(p, num_rows, c.n, c.k, num_experts));
+    Call call(device(), workspace(p, num_rows, c.n, c.k, num_experts));
+    call.context().policy = c.policy;
     grouped_gemm(x.view(), weights.view(), offset_tensor.read_only(), out, options, call);
 
     Bounded expected = oracle::grouped_gemm(x.values, weights.values, offsets, num_rows, spec);
@@ -124,6 +133,18 @@ class GroupedGemmQuantized : public OnDeviceDType {
     EXPECT_TRUE(within(out.get(), expected, dtype()));
     EXPECT_TRUE(out.surroundings_intact());
     EXPECT_TRUE(call.workspace_intact());
+  }
+
+  /// Whether Hopper's kernels take products here.
+  bool on_hopper() const {
+    const Tensor x(device(), DType::kBF16, {8, 64}), w(device(), DType::kBF16, {1, 64, 64}),
+        offsets(device(), DType::kI32, Array({2}, {0, 8}));
+    Tensor out(device(), DType::kBF16, {8, 64});
+    Call call(device(), grouped_gemm_workspace_bytes(8, 64, 64, 1, DType::kBF16, device()));
+    std::string text;
+    call.context().explain = &text;
+    grouped_gemm(x.read_only(), w.read_only(), offsets.read_only(), out, {}, call);
+    return text.find("wgmma") != text.npos;
   }
 
   void for_all_pairs(const GemmCase& c, Values kind) {
@@ -175,6 +196,33 @@ TEST_P(GroupedGemmQuantized, RandomWithinTheBound) {
     for_all_pairs({.counts = {1, 0, 4, 20}, .n = n, .k = k}, Values::kRandom);
   for_all_pairs({.counts = {1}, .n = 300, .k = 512}, Values::kRandom);
   for_all_pairs({.counts = {64, 64}, .n = 96, .k = 320, .gather = true}, Values::kRandom);
+}
+
+// The kernels of all GPUs, on those that have their own as well.
+TEST_P(GroupedGemmQuantized, PortableKernels) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";
+  for (std::int64_t k : {16, 130, 384}) {
+    GemmCase c{.counts = {2, 9, 0, 33, 64}, .n = 144, .k = k, .spare_rows = 3, .gather = true};
+    c.policy = "portable=1";
+    for_all_pairs(c, Values::kIntegers);
+    for_all_pairs(c, Values::kRandom);
+    c.activation = Activation{};
+    for_all_pairs(c, Values::kRandom);
+  }
+}
+
+// Tiles of every width, cut along K or not, that the widest experts and the fewest rows lead to.
+TEST_P(GroupedGemmQuantized, EveryTiling) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";
+  if (dtype() != DType::kBF16) GTEST_SKIP() << "tilings are those of bf16 results";
+  if (!on_hopper()) GTEST_SKIP() << "tilings are those of Hopper's kernels";
+  for (std::int64_t tallest : {13, 90, 230})
+    for (const char* policy : {"prefill=0", "prefill=1", "prefill=0 stream_k=1", "prefill=0 max_tokens=8"}) {
+      GemmCase c{
+          .counts = {tallest, 0, 1, tallest / 2, 7}, .n = 512, .k = 640, .gather = true, .policy = policy};
+      for (const FormatPair& p : format_pairs())
+        if (p.x && p.weights) expect_gemm(p, c, Values::kIntegers);
+    }
 }
 
 TEST_P(GroupedGemmQuantized, ExtremeScales) {

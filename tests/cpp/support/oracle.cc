@@ -345,6 +345,30 @@ Bounded activate(const Array& x, const Activation& a, std::int64_t num_rows) {
   return out;
 }
 
+namespace {
+
+/// How far sums may be off that keep 13 bits: in steps of 32 columns each product and the sum so far loses
+/// what is more than 13 bits behind the leading bit of the largest of these 33. Every 128 columns the sum is
+/// taken away, exactly, and starts from zero.
+double short_sum_error(const double* a, const double* b, std::int64_t depth) {
+  double error = 0;
+  for (std::int64_t block = 0; block < depth; block += 128) {
+    double sum = 0, off = 0;
+    for (std::int64_t step = block; step < std::min(block + 128, depth); step += 32) {
+      double largest = std::fabs(sum) + off;
+      for (std::int64_t k = step; k < std::min(step + 32, depth); ++k) {
+        largest = std::max(largest, std::fabs(a[k] * b[k]));
+        sum += a[k] * b[k];
+      }
+      off += 33 * 0x1p-13 * largest;
+    }
+    error += off;
+  }
+  return error;
+}
+
+}  // namespace
+
 Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_offsets, std::int64_t num_rows,
                      const GemmSpec& spec) {
   const std::int64_t num_experts = weights.shape[0], n = weights.shape[1], depth = weights.shape[2];
@@ -366,7 +390,8 @@ Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_o
         // Any order of K f32 multiply-adds: at most K+1 roundings of partial sums no larger than `absolute`;
         // operands or products below the normal range may be flushed.
         double error = kF32Roundoff * static_cast<double>(depth + 1 + spec.scale_roundings) * absolute +
-                       0x1p-126 * static_cast<double>(depth);
+                       0x1p-126 * static_cast<double>(depth) +
+                       (spec.short_sums ? short_sum_error(a, b, depth) : 0);
         if (spec.row_weights) {
           const double w = (*spec.row_weights)[r];
           error = (error + kF32Roundoff * std::fabs(sum)) * std::fabs(w);

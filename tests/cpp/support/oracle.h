@@ -84,6 +84,8 @@ struct GemmSpec {
   std::optional<Array> row_weights{};
   /// Quantised operands: how often an element's value or a sum may be rounded on account of its scales.
   int scale_roundings = 0;
+  /// The sums of 128 columns are those of Hopper's fp8 tensor cores.
+  bool short_sums = false;
 };
 /// x [X,K], weights [E,N,K], expert_offsets [E+1], out [num_rows, N or N/2]. Untouched rows are NaN.
 Bounded grouped_gemm(const Array& x, const Array& weights, const Array& expert_offsets, std::int64_t num_rows,

@@ -13,7 +13,7 @@ namespace moecore::cuda::sm90 {
 
 struct Policy {
   Family family = Family::kFloat;
-  int codes = 0;          // 1: quantised operands are taken too, not only floats
+  int portable = 0;       // 1: leaves the call to the portable engine
   int prefill = 0;        // 1: wide tiles, 0: narrow ones over a deep ring
   int max_tokens = 0;     // widest tile taken, at most the configuration's
   int stream_k = 0;       // 1: equal runs of steps for every block instead of whole tiles
@@ -67,13 +67,15 @@ inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_
   return policy;
 }
 
-/// Prepared x, then the parts of stream-K.
+/// Of a policy: prepared x, then the parts of stream-K.
+inline std::size_t workspace_bytes(const Policy& policy, std::int64_t rows, std::int64_t k) {
+  return (policy.family == Family::kDecoded ? prepared_bytes(rows, k) : 0) +
+         (policy.tiles().stream_k ? StreamK::kBytes : 0);
+}
 inline std::size_t workspace_bytes(FormPair forms, std::int64_t rows, std::int64_t num_experts,
                                    std::int64_t weight_rows, std::int64_t k) {
   // Whether the tiles can be cut along K does not depend on the number of SMs.
-  const Policy policy = select_policy(forms, rows, num_experts, weight_rows, k, 1);
-  return (policy.family == Family::kDecoded ? prepared_bytes(rows, k) : 0) +
-         (policy.tiles().stream_k ? StreamK::kBytes : 0);
+  return workspace_bytes(select_policy(forms, rows, num_experts, weight_rows, k, 1), rows, k);
 }
 
 }  // namespace moecore::cuda::sm90

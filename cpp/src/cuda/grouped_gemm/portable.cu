@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constan
 /// Widest token tile.
 int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
   int tokens = p.num_rows <= kNarrow * p.num_experts ? kNarrow : kWide;
-  int codes = 0;  // the Hopper engine's, which passed this problem on
+  int portable = 0;  // the Hopper engine's, which passed this problem on
   override_policy("grouped_gemm", ctx.policy,
-                  {{"max_tokens", &tokens, {kNarrow, kWide}}, {"codes", &codes, {0, 1}}});
+                  {{"max_tokens", &tokens, {kNarrow, kWide}}, {"portable", &portable, {0, 1}}});
   return tokens;
 }
 

@@ -31,7 +31,7 @@
 //   kTokenLines              lines of 128 bytes in a step of one token
 //   Widths<tiling>           of token tiles that are compiled
 //   Extra                    what else a stage of the ring holds
-//   Gather                   the gathering threads' part of it: Gather(engine, tile).copy(stage, k)
+//   Gather                   the gathering threads' part of it: Gather(engine, work, thread).copy(stage, k)
 //   multiply<N>(...)         the ring's steps of one work item, into d
 //
 // Sums run in ascending k. With whole tiles the bits of a row depend on x, the weights and K alone; with
@@ -72,6 +72,7 @@ struct Smem {
   alignas(1024) std::byte tokens[kConfig.stages][Loop::kTokenLines][kTokenLineBytes];
   std::byte buffer[kWarpgroups][2][kBufferBytes];
   [[no_unique_address]] typename Loop::template Extra<kConfig.max_tokens> extra[kConfig.stages];
+  alignas(16) std::uint32_t sources[kGatherRows][(kConfig.max_tokens + 47) / 48 * 4];  // of the tile's rows
   Work work[kConfig.stages];  // that the step in the stage belongs to
   std::uint64_t full[kConfig.stages], empty[kConfig.stages];
   int group_tiles[kMaxExpertGroups];
@@ -107,6 +108,7 @@ struct SwapAb {
   static constexpr TileConfig kConfig = Shared::kConfig;
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
+  static constexpr int kTileColumns = Form::kGated ? kTileRows / 2 : kTileRows;  // of out
 
   Shared& s;
   const GroupedGemmArgs& args;
@@ -198,10 +200,15 @@ struct SwapAb {
     }
   }
 
-  // ---- warps 9-11: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of every step.
-  // The columns that pad a tile to a multiple of 8 repeat its first row: they are computed and not stored.
+  // ---- warps 9-11: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of every
+  // step. The columns that pad a tile to a multiple of 8 repeat its first row: they are computed and not
+  // stored.
   __device__ __forceinline__ void gather_tokens() {
-    constexpr int kRowsPerThread = (kMaxTokens + kGatherRows - 1) / kGatherRows;
+    // Wide tiles take four rows at a time, to save instructions: what is too much lands in rows that no tile
+    // has.
+    constexpr int kRowsAtOnce = kMaxTokens > 32 ? 4 : 1;
+    constexpr int kRows =
+        (kMaxTokens + kGatherRows * kRowsAtOnce - 1) / (kGatherRows * kRowsAtOnce) * kRowsAtOnce;
     constexpr int kPieceElements = 16 / sizeof(typename Loop::Element);
     const int thread = threadIdx.x - (kConsumerWarps + 1) * 32;
     const int piece = thread % 8, row = thread / 8;
@@ -209,6 +216,7 @@ struct SwapAb {
     // 12 rows further a row's place in its group of eight changes by four: only bit 2 of the swizzle does.
     const std::uint32_t even = row * kLineBytes + (piece ^ (row & 7)) * 16;
     const std::uint32_t odd = row * kLineBytes + (piece ^ (row & 7) ^ 4) * 16;
+    std::uint32_t* sources = s.sources[row];  // of the eight threads that share these rows
 
     Queue queue(*this);
     Ring at;
@@ -221,25 +229,34 @@ struct SwapAb {
         return;
       }
       const int rows = ((tile.rows + 7) / 8 * 8 - row + kGatherRows - 1) / kGatherRows;  // of this thread
-      std::uint32_t source[kRowsPerThread];
-#pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i)
-        source[i] = static_cast<std::uint32_t>(x_row(tile, row + i * kGatherRows)) * pitch;
-      typename Loop::template Gather<SwapAb> extra(*this, tile, thread);
+      __syncwarp();
+      for (int i = piece; i < kRows; i += 8)
+        sources[i] = static_cast<std::uint32_t>(x_row(tile, row + i * kGatherRows)) * pitch;
+      __syncwarp();
+      typename Loop::template Gather<SwapAb> extra(*this, work, thread);
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
 #pragma unroll
         for (int line = 0; line < Loop::kTokenLines; ++line) {
-          const std::uint32_t to = smem_address(s.tokens[at.stage][line]);
+          const std::uint32_t tokens = smem_address(s.tokens[at.stage][line]);
+          const std::uint32_t to[2] = {tokens + even, tokens + odd};
           const int column = (k * Loop::kTokenLines + line) * 8 + piece;  // of 16 bytes; beyond K it is zero
           const int bytes = column * kPieceElements < args.k ? 16 : 0;
           const uint4* from = static_cast<const uint4*>(args.x) + (bytes ? column : 0);
-          // In registers from here on: else the compiler reads args.x again for every row.
-          asm volatile("" : "+l"(from));
+          asm volatile("" : "+l"(from));  // one sum: else the compiler makes it anew for every row
 #pragma unroll
-          for (int i = 0; i < kRowsPerThread; ++i) {
-            if (i < rows)
-              copy_16(to + (i % 2 ? odd : even) + i * kGatherRows * kLineBytes, from + source[i], bytes);
+          for (int i = 0; i < kRows; i += kRowsAtOnce) {
+            if (i >= rows) break;
+            alignas(4 * kRowsAtOnce) std::uint32_t source[kRowsAtOnce];
+            if constexpr (kRowsAtOnce == 4)
+              *reinterpret_cast<uint4*>(source) = *reinterpret_cast<const uint4*>(sources + i);
+            else
+              source[0] = sources[i];
+#pragma unroll
+            for (int j = 0; j < kRowsAtOnce; ++j) {
+              if ((kRowsAtOnce > 1 && (i + j + 1) * kGatherRows <= kMaxTokens) || i + j < rows)
+                copy_16(to[(i + j) % 2] + (i + j) * kGatherRows * kLineBytes, from + source[j], bytes);
+            }
           }
         }
         extra.copy(at.stage, k);
@@ -259,8 +276,8 @@ struct SwapAb {
   __device__ __forceinline__ std::int64_t tile_row(const Tile& tile, int row) const {
     const EpilogueArgs& e = args.epilogue;
     if constexpr (Form::kGated) {
-      const int column = min(
-          e.columns - 1, tile.weight_tile * (kTileRows / 2) + row % 128 / 16 * 16 + row / 128 * 8 + row % 8);
+      const int column =
+          min(e.columns - 1, tile.weight_tile * kTileColumns + row % 128 / 16 * 16 + row / 128 * 8 + row % 8);
       return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
     } else {
       return min(e.columns - 1, tile.weight_tile * kTileRows + row);
@@ -367,7 +384,7 @@ struct SwapAb {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     warpgroup_sync(warpgroup);  // the buffers of the tile before have been read
     if constexpr (Form::kGated) {
-      const int column = tile.weight_tile * (kTileRows / 2) + warpgroup * 64;
+      const int column = tile.weight_tile * kTileColumns + warpgroup * 64;
       BiasPair bias[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m)

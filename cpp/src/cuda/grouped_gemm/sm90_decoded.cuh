@@ -63,8 +63,8 @@ struct DecodedLoop {
     const int thread;
     const Tile& tile;
 
-    __device__ Gather(const Engine& engine, const Tile& tile, int thread)
-        : engine(engine), thread(thread), tile(tile) {}
+    __device__ Gather(const Engine& engine, const Work& work, int thread)
+        : engine(engine), thread(thread), tile(work.tile) {}
     __device__ void copy(int stage, int k) {
       const ScaleArgs& scales = engine.args.weight_scales;
       const std::byte* expert = scales.data + tile.expert * scales.expert_pitch + k * kScaleBytes;

@@ -63,7 +63,7 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
     sm90::Policy chosen =
         sm90::select_policy(forms_of(p), p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
     override_policy("grouped_gemm", text,
-                    {{"codes", &chosen.codes, {0, 1}},
+                    {{"portable", &chosen.portable, {0, 1}},
                      {"prefill", &chosen.prefill, {0, 1}},
                      {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176}},
                      {"stream_k", &chosen.stream_k, {0, 1}},
@@ -72,9 +72,8 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
   });
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
-  policy.stream_k =
-      policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
-      ctx.workspace.size() >= sm90::workspace_bytes(forms_of(p), p.num_rows, p.num_experts, p.n, p.k);
+  policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
+                    ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
   return policy;
 }
 
@@ -86,8 +85,7 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device, const
   if (device.compute_capability != 90) return "it needs compute capability 9.0";
   const std::string refused = family_refusal(p, sm90::family_of(forms_of(p)));
   if (!refused.empty()) return refused;
-  if (p.weight_scales.form != OperandForm::kFloat && !policy_for(p, device, ctx).codes)
-    return "quantised operands on request only (policy codes=1)";
+  if (policy_for(p, device, ctx).portable) return "the policy says portable=1";
   if (p.activation && !(gated(p) && is_sigmoid_family(*p.activation)))
     return "its activations are silu, quick_gelu, gelu_tanh and swiglu_oai, gated";
   if (p.num_experts > kMaxExperts) return "more than 2048 experts";

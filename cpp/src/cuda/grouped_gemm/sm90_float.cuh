@@ -21,7 +21,7 @@ struct FloatLoop {
   struct Extra {};
   template <class Engine>
   struct Gather {
-    __device__ Gather(const Engine&, const Tile&, int) {}
+    __device__ Gather(const Engine&, const Work&, int) {}
     __device__ void copy(int, int) {}
   };
 

@@ -5,6 +5,9 @@
 // are summed alone and join the sum as f32: multiplied by the scales of the step (block128), or as they are,
 // the scales of rows following at the end. The two blocks of weight rows have partial sums of their own, so
 // that the tensor cores work on one while the other's are added.
+//
+// The adding threads are what limits wide tiles: on an H200 they wait for neither operands nor tensor cores.
+// So the scales of a step, of tokens and of weights, come through the ring, four tokens at a time.
 
 #include "cuda/grouped_gemm/sm90.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
@@ -22,77 +25,71 @@ struct Fp8Loop {
   template <Tiling kTiling>
   using Widths = every_width<kFamily, kTiling>;
 
-  /// The tokens' scales, of the step or, without blocks, of their rows.
+  /// With blocks, the scales of a step. The four tokens that a thread of a quad has of every 16 stand
+  /// together. Weight rows: [half of the tile's columns][gate and up, in the order of the checkpoint], or
+  /// [block].
   template <int kMaxTokens>
   struct Extra {
-    alignas(16) float token_scales[kMaxTokens];
+    alignas(16) float tokens[kBlockScales ? (kMaxTokens + 15) / 16 * 16 : 0];
+    alignas(8) float weights[kBlockScales ? 4 : 0];
   };
+  static __device__ constexpr int place_of(int token) {
+    return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
+  }
 
-  /// Thread t copies the scales of tokens t and t + 96.
+  /// Thread t copies the scale of token t, and the t-th of the weights.
   template <class Engine>
-  struct Gather {
-    static constexpr int kScales = (Engine::kMaxTokens + kGatherThreads - 1) / kGatherThreads;
-    const Engine& engine;
-    const int thread, tokens;
-    int row[kScales];
-
-    __device__ Gather(const Engine& engine, const Tile& tile, int thread)
-        : engine(engine), thread(thread), tokens((tile.rows + 7) / 8 * 8) {
-#pragma unroll
-      for (int i = 0; i < kScales; ++i) row[i] = engine.x_row(tile, thread + i * kGatherThreads);
-    }
-    __device__ void copy(int stage, int k) {
-      const ScaleArgs& scales = engine.args.x_scales;
-#pragma unroll
-      for (int i = 0; i < kScales; ++i) {
-        const int token = thread + i * kGatherThreads;
-        if (token < tokens)
-          copy_4(smem_address(&engine.s.extra[stage].token_scales[token]),
-                 scales.data + row[i] * scales.row_pitch + k * scales.col_pitch, 4);
+  class Gather {
+   public:
+    __device__ Gather(const Engine& engine, const Work& work, int thread) : engine_(engine), thread_(thread) {
+      if constexpr (kBlockScales) {
+        const ScaleArgs &x = engine.args.x_scales, &w = engine.args.weight_scales;
+        if (thread < (work.tile.rows + 7) / 8 * 8)
+          token_ = x.data + engine.x_row(work.tile, thread) * x.row_pitch + work.begin * x.col_pitch;
+        if (thread < (kGated ? 4 : 2)) {
+          const EpilogueArgs& e = engine.args.epilogue;
+          const int half = kGated ? thread / 2 : thread;
+          const int column = min(e.columns - 1, work.tile.weight_tile * Engine::kTileColumns +
+                                                    half * (Engine::kTileColumns / 2));
+          const int first = (thread % 2 == 0) != e.swapped ? e.gate_first : e.up_first;
+          const int row = kGated ? first + column * e.row_step : column;
+          weight_ =
+              w.data + work.tile.expert * w.expert_pitch + row / 128 * w.row_pitch + work.begin * w.col_pitch;
+        }
       }
     }
-  };
-
-  /// The scales of a thread's weight rows: two with blocks, whose rows share them, else four.
-  template <class Engine>
-  struct WeightScales {
-    const Engine& engine;
-    const std::byte* first;  // scale of row(0)
-    int behind[4];           // bytes from there to that of row(i)
-    float next[4];
-
-    __device__ WeightScales(const Engine& engine, const Work& work) : engine(engine) {
-      const ScaleArgs& scales = engine.args.weight_scales;
-      auto scale_row = [&](int i) {
-        return kBlockScales ? engine.weight_row(work.tile, kGated ? 0 : i, kGated ? i : 0) / 128
-                            : engine.weight_row(work.tile, i / 2, i % 2);
-      };
-      const std::int64_t row = scale_row(0);
-      first = scales.data + work.tile.expert * scales.expert_pitch + row * scales.row_pitch;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) behind[i] = static_cast<int>((scale_row(i) - row) * scales.row_pitch);
-      read(work.begin);
+    __device__ __forceinline__ void copy(int stage, int) {
+      if constexpr (kBlockScales) {
+        auto& to = engine_.s.extra[stage];
+        if (token_) {
+          copy_4(smem_address(&to.tokens[place_of(thread_)]), token_, 4);
+          token_ += engine_.args.x_scales.col_pitch;
+        }
+        if (weight_) {
+          copy_4(smem_address(&to.weights[thread_]), weight_, 4);
+          weight_ += engine_.args.weight_scales.col_pitch;
+        }
+      }
     }
-    __device__ void read(int k) {
-      const std::byte* from = first + k * engine.args.weight_scales.col_pitch;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) next[i] = __ldg(reinterpret_cast<const float*>(from + behind[i]));
-    }
+
+   private:
     static constexpr bool kGated = Engine::Form::kGated;
-    static constexpr int kCount = kBlockScales ? 2 : 4;
-    /// Which of `next` belongs to a block's row or the one eight further down.
-    static __device__ constexpr int index(int block, int half) {
-      return kBlockScales ? (kGated ? half : block) : 2 * block + half;
-    }
+    static_assert(Engine::kMaxTokens <= kGatherThreads);
+    const Engine& engine_;
+    const int thread_;
+    const std::byte *token_ = nullptr, *weight_ = nullptr;  // of the step
   };
 
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
                                                   typename Engine::Ring& at,
                                                   float (&d)[kBlocks][kTokens / 2]) {
-    using Scales = WeightScales<Engine>;
+    constexpr bool kGated = Engine::Form::kGated;
+    constexpr int kGroups = kTokens / 8;
     auto& s = engine.s;
-    const int warpgroup = threadIdx.x / 128, q = threadIdx.x % 4;
+    // One value for all lanes: descriptors then take the uniform registers' instructions.
+    auto uniform = [](int v) { return __shfl_sync(~0u, v, 0); };
+    const int warpgroup = uniform(threadIdx.x / 128), q = threadIdx.x % 4;
     float p[kBlocks][kTokens / 2];
     auto issue = [&](int stage, int m) {
       const std::uint64_t rows =
@@ -105,51 +102,70 @@ struct Fp8Loop {
         Wgmma<E4m3Codes, kTokens>::op(p[m], rows + kk * 2, tokens + kk * 2);
       wgmma_commit();
     };
-    auto token_scales = [&](int stage, int g) {
-      return reinterpret_cast<const float2*>(s.extra[stage].token_scales)[g * 4 + q];
-    };
-    auto add = [&](int stage, int m, const float (&w)[Scales::kCount]) {
+    auto add = [&](int m, [[maybe_unused]] const float4* tokens, [[maybe_unused]] float4 next,
+                   [[maybe_unused]] float2 w) {
+      if constexpr (kBlockScales) {
 #pragma unroll
-      for (int g = 0; g < kTokens / 8; ++g) {
-        if constexpr (kBlockScales) {
-          const float2 t = token_scales(stage, g);
+        for (int g = 0; g < kGroups; g += 2) {
+          const float4 t = next;
+          if (g + 2 < kGroups) next = tokens[g * 2 + 4];
+          const float of[2][2] = {{t.x, t.y}, {t.z, t.w}};
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            d[m][g * 4 + i] =
-                __fmaf_rn(p[m][g * 4 + i], w[Scales::index(m, i / 2)] * (i % 2 ? t.y : t.x), d[m][g * 4 + i]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) d[m][g * 4 + i] += p[m][g * 4 + i];
+          for (int i = g * 4; i < min(g * 4 + 8, kTokens / 2); ++i)
+            d[m][i] = __fmaf_rn(p[m][i], (i / 2 % 2 ? w.y : w.x) * of[i / 4 % 2][i % 2], d[m][i]);
         }
-      }
-    };
-
-    auto scale_rows = [&](const float (&w)[Scales::kCount], int stage) {
+      } else {
 #pragma unroll
-      for (int i = 0; i < kBlocks * kTokens / 2; ++i) {
-        const int m = i / (kTokens / 2), j = i % (kTokens / 2);
-        const float2 t = token_scales(stage, j / 4);
-        d[m][j] *= w[Scales::index(m, j / 2 % 2)] * (j % 2 ? t.y : t.x);
+        for (int i = 0; i < kTokens / 2; ++i) d[m][i] += p[m][i];
       }
     };
 
-    Scales weight_scales(engine, work);
     for (int k = work.begin; k < work.end; ++k) {
-      float w[Scales::kCount];
       barrier_wait(&s.full[at.stage], at.phase);
       fence_async_proxy();
-      issue(at.stage, 0);
-      issue(at.stage, 1);
-#pragma unroll
-      for (int j = 0; j < Scales::kCount; ++j) w[j] = weight_scales.next[j];
-      if (kBlockScales && k + 1 < work.end) weight_scales.read(k + 1);
+      const int stage = uniform(at.stage);
+      issue(stage, 0);
+      issue(stage, 1);
+      // Scales of a thread's rows in the upper and the lower eight of sixteen: gate and up, or one for both.
+      float2 w[kBlocks] = {};
+      const float4* tokens = nullptr;
+      if constexpr (kBlockScales) {
+        const float2 pair =
+            reinterpret_cast<const float2*>(s.extra[at.stage].weights)[kGated ? warpgroup : 0];
+        w[0] = kGated ? pair : float2{pair.x, pair.x};
+        w[1] = kGated ? pair : float2{pair.y, pair.y};
+        tokens = reinterpret_cast<const float4*>(s.extra[at.stage].tokens) + q;
+      }
+      float4 first = kBlockScales ? tokens[0] : float4{};  // read while the tensor cores work
       wgmma_wait<1>();
-      add(at.stage, 0, w);
+      add(0, tokens, first, w[0]);
+      if (kBlockScales) first = tokens[0];
       wgmma_wait<0>();
-      add(at.stage, 1, w);
-      if (!kBlockScales && k + 1 == work.end) scale_rows(w, at.stage);
+      add(1, tokens, first, w[1]);
       if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
       at.advance();
+    }
+    if constexpr (!kBlockScales) scale_rows<kTokens>(engine, work.tile, d);
+  }
+
+  /// Scales of rows of x and of weight rows, for the whole depth.
+  template <int kTokens, class Engine>
+  static __device__ __forceinline__ void scale_rows(const Engine& engine, const Tile& tile,
+                                                    float (&d)[kBlocks][kTokens / 2]) {
+    auto scale = [](const ScaleArgs& s, std::int64_t row, int expert) {
+      return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
+    };
+    float w[2 * kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+      w[i] = scale(engine.args.weight_scales, engine.weight_row(tile, i / 2, i % 2), tile.expert);
+#pragma unroll
+    for (int g = 0; g < kTokens / 8; ++g) {
+      const int token = g * 8 + threadIdx.x % 4 * 2;
+      const float t[2] = {scale(engine.args.x_scales, engine.x_row(tile, token), 0),
+                          scale(engine.args.x_scales, engine.x_row(tile, token + 1), 0)};
+#pragma unroll
+      for (int i = 0; i < 4 * kBlocks; ++i) d[i / 4][g * 4 + i % 4] *= w[i / 2] * t[i % 2];
     }
   }
 };
