@@ -125,7 +125,7 @@ def test_a_check_sees_one_wrong_element(small_models, op):
     dtype = cases.select(cases.Selection(ops=[op], models=["tiny"], tokens=[4]))[0].dtype
     part = "up" if op == "grouped_gemm" else ""
     lab = workloads.Lab(Space())
-    work = lab.prepare(cases.Case(op, TINY, 4, dtype, part))
+    work = workloads.prepare(lab, cases.Case(op, TINY, 4, dtype, part))
     work.run(work.sets[0])
     output = work.output(work.sets[0])
     assert work.check(output).passed

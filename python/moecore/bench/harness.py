@@ -21,7 +21,7 @@ from moecore.bench import machine, roof
 from moecore.bench.cases import Case, Selection, select
 from moecore.bench.peers import Adapter, Peers, adapters
 from moecore.bench.spaces import Space, Timing, open_space
-from moecore.bench.workloads import Lab, SkippedError, Work
+from moecore.bench.workloads import Lab, SkippedError, Work, prepare
 
 __all__ = ["SCHEMA", "Request", "run"]
 
@@ -95,7 +95,7 @@ class _Runner:
     def measure(self, case: Case) -> list[dict[str, Any]]:
         """Records of moecore and of every peer that does this op."""
         try:
-            work = self._lab.prepare(case)
+            work = prepare(self._lab, case)
             work.run(work.sets[0])
             self._space.synchronize()
             check = work.check(work.output(work.sets[0]))

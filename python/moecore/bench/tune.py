@@ -21,7 +21,7 @@ from moecore.bench import machine
 from moecore.bench.cases import Case
 from moecore.bench.harness import duration
 from moecore.bench.spaces import Space, open_space
-from moecore.bench.workloads import Lab, SkippedError, Work
+from moecore.bench.workloads import Lab, SkippedError, Work, prepare
 from moecore.models import MODELS
 
 __all__ = ["OPS", "knobs_in", "run"]
@@ -77,7 +77,7 @@ def run(
             name, _, part = op.partition(".")
             case = Case(name, MODELS[model], count, dtype or OPS[op], part)
             try:
-                point = _Point(case, lab.prepare(case), sizes(case))
+                point = _Point(case, prepare(lab, case), sizes(case))
                 found = _search(space, point, deadline, threshold)
             except (SkippedError, NotImplementedError) as error:
                 print(f"{case.name:<50} skipped: {error}")

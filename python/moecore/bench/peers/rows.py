@@ -1,0 +1,252 @@
+"""How peers route, plan, move, activate and quantise rows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from moecore.bench.peers.libraries import Adapter, Call, Peers, block_shapes, dense16, of_type, plain, softmax
+
+
+def _route_torch(p: Peers, s: Any) -> Call:
+    torch, layer = p.torch, s.layer
+    logits = p.space.torch(s.logits)
+    call = Call(lambda: None)
+
+    def run() -> None:
+        weights, ids = torch.topk(torch.softmax(logits.float(), -1), layer.top_k)
+        call.output = weights / weights.sum(-1, keepdim=True), ids.int()
+
+    call.run = run
+    return call
+
+
+def _route_vllm(p: Peers, s: Any) -> Call:
+    t, k = s.ids.shape
+    weights, ids = p.new(t, k, dtype="float32"), p.new(t, k, dtype="int32")
+    if s.layer.num_groups > 1:
+        layer = s.layer
+
+        def grouped() -> None:
+            p.ops._moe_C.grouped_topk(
+                s.logits, layer.num_groups, layer.topk_groups, k, True, layer.scale, s.bias, 1
+            )
+
+        return Call(grouped)
+    origin = p.new(t, k, dtype="int32")
+    return Call(lambda: p.ops._moe_C.topk_softmax(weights, ids, origin, s.logits, True, None), (weights, ids))
+
+
+def _route_sgl(p: Peers, s: Any) -> Call:
+    t, k = s.ids.shape
+    weights, ids = p.new(t, k, dtype="float32"), p.new(t, k, dtype="int32")
+    run = p.ops.sgl_kernel.topk_softmax.default
+    return Call(lambda: run(weights, ids, s.logits, True, 0.0, None), (weights, ids))
+
+
+def plan_buffers(p: Peers, s: Any) -> tuple[Any, ...]:
+    """What vLLM and SGLang write for a plan: offsets of rows and scales, problem sizes twice, both maps."""
+    e, r = s.layer.num_experts, s.ids.numel()
+    sizes = p.new(e, 3, dtype="int32"), p.new(e, 3, dtype="int32")
+    return (
+        p.new(e + 1, dtype="int32"),
+        p.new(e + 1, dtype="int32"),
+        *sizes,
+        p.new(r, dtype="int32"),
+        p.new(r, dtype="int32"),
+    )
+
+
+def _plan_vllm(p: Peers, s: Any) -> Call:
+    layer = s.layer
+    offsets, blocks, one, two, rows, slots = plan_buffers(p, s)
+    run = p.ops._C.get_cutlass_moe_mm_data
+    return Call(
+        lambda: run(
+            s.ids, offsets, one, two, rows, slots, layer.num_experts, layer.inter, layer.hidden, blocks, True
+        )
+    )
+
+
+def _plan_sgl(p: Peers, s: Any) -> Call:
+    layer = s.layer
+    offsets, blocks, one, two, rows, slots = plan_buffers(p, s)
+    run = p.ops.sgl_kernel.prepare_moe_input.default
+    return Call(
+        lambda: run(
+            s.ids, offsets, blocks, one, two, rows, slots, layer.num_experts, layer.inter, layer.hidden
+        )
+    )
+
+
+def _plan_sgl_align(p: Peers, s: Any) -> Call:
+    e, r, block = s.layer.num_experts, s.ids.numel(), 64
+    most = r + e * (block - 1)
+    rows, experts = p.new(most, dtype="int32"), p.new((most + block - 1) // block, dtype="int32")
+    padded, scratch = p.new(1, dtype="int32"), p.new(e + 2, dtype="int32")
+    run = p.ops.sgl_kernel.moe_align_block_size.default
+    return Call(lambda: run(s.ids, e + 1, block, rows, experts, padded, scratch, True, False))
+
+
+def _plan_torch(p: Peers, s: Any) -> Call:
+    torch, e, k = p.torch, s.layer.num_experts, s.layer.top_k
+    ids = p.space.torch(s.ids).view(-1)
+    experts = torch.arange(e, device=ids.device, dtype=ids.dtype)
+
+    def run() -> Any:
+        keys, order = torch.sort(ids, stable=True)
+        slots = torch.empty_like(order)
+        slots[order] = torch.arange(len(order), device=order.device)
+        return torch.searchsorted(keys, experts), order // k, slots
+
+    return Call(run)
+
+
+def _rows_out(p: Peers, s: Any) -> tuple[Any, Any, Any]:
+    x, rows = p.space.torch(s.x), p.space.torch(s.plan.row_token)
+    return x, rows, p.torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def _permute_ops(namespace: str) -> Callable[[Peers, Any], Call]:
+    def prepare(p: Peers, s: Any) -> Call:
+        x, rows, out = _rows_out(p, s)
+        run = getattr(p.ops, namespace).shuffle_rows.default
+        return Call(lambda: run(x, rows, out), out)
+
+    return prepare
+
+
+def _permute_torch(p: Peers, s: Any) -> Call:
+    x, rows, out = _rows_out(p, s)
+    rows = rows.long()
+    if x.dtype == p.torch.float8_e4m3fn:
+        bits, written = x.view(p.torch.uint8), out.view(p.torch.uint8)
+        return Call(lambda: p.torch.index_select(bits, 0, rows, out=written), out)
+    return Call(lambda: p.torch.index_select(x, 0, rows, out=out), out)
+
+
+def _finalize_sgl(p: Peers, s: Any) -> Call:
+    out, slots, weights = p.torch.empty_like(s.out), s.plan.slot_row.view(-1), s.weights.to(s.rows.dtype)
+    run = p.ops.sgl_kernel.apply_shuffle_mul_sum.default
+    return Call(lambda: run(s.rows, out, slots, weights), out)
+
+
+def _finalize_vllm(p: Peers, s: Any) -> Call:
+    out, k = p.torch.empty_like(s.out), s.weights.shape[1]
+    run = p.ops._moe_C.moe_unpermute
+    return Call(lambda: run(s.rows, s.weights, s.plan.slot_row, None, k, out), out)
+
+
+def _finalize_torch(p: Peers, s: Any) -> Call:
+    rows, slots = p.space.torch(s.rows), p.space.torch(s.plan.slot_row).long()
+    weights = p.space.torch(s.weights).to(rows.dtype)[:, :, None]
+    call = Call(lambda: None)
+
+    def run() -> None:
+        call.output = (rows[slots] * weights).sum(1)
+
+    call.run = run
+    return call
+
+
+def _activate_ops(namespace: str, name: str) -> Callable[[Peers, Any], Call]:
+    def prepare(p: Peers, s: Any) -> Call:
+        out = p.torch.empty_like(s.out)
+        run = getattr(getattr(p.ops, namespace), name).default
+        return Call(lambda: run(out, s.x), out)
+
+    return prepare
+
+
+def _activate_torch(p: Peers, s: Any) -> Call:
+    x, i = p.space.torch(s.x), s.layer.inter
+    call = Call(lambda: None)
+
+    def run() -> None:
+        call.output = p.torch.nn.functional.silu(x[:, :i]) * x[:, i:]
+
+    call.run = run
+    return call
+
+
+def _activate_flashinfer(p: Peers, s: Any) -> Call:
+    flashinfer = importlib.import_module("flashinfer")
+    out = p.torch.empty_like(s.out)
+    return Call(lambda: flashinfer.silu_and_mul(s.x, out=out), out)
+
+
+def _codes(p: Peers, s: Any, columns: int) -> Any:
+    return p.new(s.data.shape[0], columns, dtype="float8_e4m3fn")
+
+
+def _quantize_vllm_token(p: Peers, s: Any) -> Call:
+    codes, scales = _codes(p, s, s.x.shape[1]), p.torch.empty_like(s.scales)
+    run = p.ops._C.dynamic_per_token_scaled_fp8_quant
+    return Call(lambda: run(codes, s.x, scales, None), (codes, scales))
+
+
+def _quantize_vllm_block(p: Peers, s: Any) -> Call:
+    codes, scales = _codes(p, s, s.x.shape[1]), p.torch.empty_like(s.scales)
+    run = p.ops._C.per_token_group_fp8_quant
+    return Call(
+        lambda: run(s.x, codes, scales, 128, 1e-10, -448.0, 448.0, False, False, False), (codes, scales)
+    )
+
+
+def _quantize_sgl_token(p: Peers, s: Any) -> Call:
+    codes, scales = _codes(p, s, s.x.shape[1]), p.torch.empty_like(s.scales)
+    run = p.ops.sgl_kernel.sgl_per_token_quant_fp8.default
+    return Call(lambda: run(s.x, codes, scales), (codes, scales))
+
+
+def _silu_quantize_vllm(p: Peers, s: Any) -> Call:
+    codes, scales = _codes(p, s, s.layer.inter), p.torch.empty_like(s.scales)
+    run = p.ops._C.silu_and_mul_per_block_quant
+    return Call(lambda: run(codes, s.x, scales, 128, None, False), (codes, scales))
+
+
+ADAPTERS: dict[str, list[Adapter]] = {
+    "route": [
+        Adapter("torch topk", "torch", _route_torch, softmax),
+        Adapter(
+            "vllm",
+            "vllm",
+            _route_vllm,
+            lambda c: c.dtype == "f32" and (c.layer.scoring == "softmax" or c.layer.num_groups > 1),
+        ),
+        Adapter("sgl", "sgl_kernel", _route_sgl, softmax),
+    ],
+    "plan": [
+        Adapter("torch argsort", "torch", _plan_torch),
+        Adapter("vllm mm_data", "vllm", _plan_vllm),
+        Adapter("sgl prepare", "sgl_kernel", _plan_sgl),
+        Adapter("sgl align", "sgl_kernel", _plan_sgl_align),
+    ],
+    "permute": [
+        Adapter("torch index_select", "torch", _permute_torch),
+        Adapter("vllm shuffle", "vllm", _permute_ops("_moe_C")),
+        Adapter("sgl shuffle", "sgl_kernel", _permute_ops("sgl_kernel")),
+    ],
+    "activate": [
+        Adapter("torch silu*mul", "torch", _activate_torch, plain),
+        Adapter("vllm", "vllm", _activate_ops("_C", "silu_and_mul"), plain),
+        Adapter("sgl", "sgl_kernel", _activate_ops("sgl_kernel", "silu_and_mul"), plain),
+        Adapter("flashinfer", "flashinfer", _activate_flashinfer, plain),
+    ],
+    "quantize": [
+        Adapter("vllm token", "vllm", _quantize_vllm_token, of_type("fp8_token")),
+        Adapter("sgl token", "sgl_kernel", _quantize_sgl_token, of_type("fp8_token")),
+        Adapter("vllm group", "vllm", _quantize_vllm_block, block_shapes),
+    ],
+    "activate_quantize": [
+        Adapter("vllm", "vllm", _silu_quantize_vllm, lambda c: block_shapes(c) and plain(c)),
+    ],
+    "finalize": [
+        Adapter("torch eager", "torch", _finalize_torch),
+        Adapter("vllm unpermute", "vllm", _finalize_vllm, dense16),
+        Adapter("sgl", "sgl_kernel", _finalize_sgl, dense16),
+    ],
+}
+"""By op. shuffle_rows has those of permute."""
+ADAPTERS["shuffle_rows"] = ADAPTERS["permute"]
