@@ -27,6 +27,7 @@ __all__ = [
     "of_type",
     "plain",
     "softmax",
+    "whole_blocks",
 ]
 
 PEERS = ("torch", "vllm", "sgl_kernel", "flashinfer", "deep_gemm")
@@ -234,5 +235,10 @@ def softmax(case: Case) -> bool:
 
 
 def block_shapes(case: Case) -> bool:
-    """fp8 in whole blocks of 128."""
+    """fp8 weights of whole blocks of 128 x 128."""
     return case.dtype == "fp8_block128" and case.layer.hidden % 128 == 0 and case.layer.inter % 128 == 0
+
+
+def whole_blocks(case: Case) -> bool:
+    """fp8 rows of whole blocks of 128."""
+    return case.dtype == "fp8_block128" and case.layer.hidden % 128 == 0
