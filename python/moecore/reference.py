@@ -31,16 +31,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .models import MoeLayer
 
-__all__ = ["ExpertWeights", "experts_layer", "route", "to_float64"]
+__all__ = ["ExpertWeights", "Product", "experts_layer", "product", "route", "to_float64"]
 
 F64 = npt.NDArray[np.float64]
+Product = Callable[[F64, Any, Sequence[F64]], tuple[F64, F64, list[F64]]]
 
 _EPS = 2.0**-23
 _UNIT_ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
@@ -51,10 +52,13 @@ _TAIL = 8.0  # how many times its parameter an error may reach
 
 
 class ExpertWeights(NamedTuple):
-    """One expert: w13 [2I, H], w2 [H, I], biases [2I] and [H] or None. bf16 comes as its uint16 bits."""
+    """One expert: w13 [2I, H], w2 [H, I], as the product takes them; biases [2I] and [H] or None.
 
-    w13: npt.NDArray[np.generic]
-    w2: npt.NDArray[np.generic]
+    bf16 comes as its uint16 bits.
+    """
+
+    w13: Any
+    w2: Any
     w13_bias: npt.NDArray[np.generic] | None = None
     w2_bias: npt.NDArray[np.generic] | None = None
 
@@ -101,55 +105,10 @@ def route(logits: F64, bias: F64 | None, ids: npt.NDArray[np.integer], layer: Mo
     return weights * layer.scale, right
 
 
-def experts_layer(
-    x: F64,
-    ids: npt.NDArray[np.integer],
-    weights: F64,
-    expert: Callable[[int], ExpertWeights],
-    layer: MoeLayer,
-    dtype: str,
-) -> tuple[F64, F64, F64]:
-    """``(y, separate, fused)``: the layer's output [T, H] and two bounds on its error.
-
-    x [T, H], ids and weights [T, K]. ``expert(e)`` gives the weights of expert e and is called once for each
-    expert that a token uses. ``separate`` holds when gate and up are rounded to ``dtype`` before the
-    activation (one op after the other), ``fused`` when the activation takes the f32 sums.
-    """
-    u, eta = _UNIT_ROUNDOFF[dtype], _HALF_SUBNORMAL[dtype]
-    num_tokens, top_k = ids.shape
-    out = np.zeros((num_tokens, top_k, x.shape[1]))
-    variance = np.zeros((2, *out.shape))  # squares of r[o]: separate, fused
-    for e in np.unique(ids[ids >= 0]):
-        token, slot = np.nonzero(ids == e)
-        w = expert(int(e))
-        gate_up, reach, _ = _product(x[token], w.w13, w.w13_bias)
-        summed = (x.shape[1] + 2) * (_EPS * reach) ** 2
-        paths = [_activate(gate_up, v, layer) for v in (summed + (u * np.abs(gate_up) + eta) ** 2, summed)]
-        a = paths[0][0]
-        rounding = (u * np.abs(a) + eta) ** 2
-        o, reach, carried = _product(a, w.w2, w.w2_bias, [da + rounding for _, da in paths])
-        own = (a.shape[1] + 2) * (_EPS * reach) ** 2 + (u * np.abs(o) + eta) ** 2
-        out[token, slot] = o
-        for path, do in enumerate(carried):
-            variance[path, token, slot] = do + own
-
-    w_j = weights[:, :, None]
-    y = (w_j * out).sum(axis=1)
-    reach = np.abs(w_j * out).sum(axis=1)
-    routed = (top_k + 1 + (2 * layer.num_experts + 64) ** 2) * (_EPS * reach) ** 2
-    separate, fused = (
-        _TAIL * np.sqrt((w_j**2 * do).sum(axis=1) + routed) + u * np.abs(y) + eta for do in variance
-    )
-    return y, separate, fused
-
-
-def _product(
-    rows: F64,
-    weights: npt.NDArray[np.generic],
-    bias: npt.NDArray[np.generic] | None,
-    variances: Sequence[F64] = (),
+def product(
+    rows: F64, weights: npt.NDArray[np.generic], variances: Sequence[F64] = ()
 ) -> tuple[F64, F64, list[F64]]:
-    """``rows @ weights.T + bias``, the same of absolute values, and every ``variances @ (weights ** 2).T``.
+    """``rows @ weights.T``, the same of absolute values, and every ``variances @ (weights ** 2).T``.
 
     In blocks of output columns that stay in a cache: one expert in float64 can be a gigabyte.
     """
@@ -166,10 +125,61 @@ def _product(
         np.square(w, out=w)
         for target, variance in zip(carried, variances, strict=True):
             target[:, block] = variance @ w.T
-    if bias is not None:
-        offset = to_float64(bias)
-        out, reach = out + offset, reach + np.abs(offset)
     return out, reach, carried
+
+
+def experts_layer(
+    x: F64,
+    ids: npt.NDArray[np.integer],
+    weights: F64,
+    expert: Callable[[int], ExpertWeights],
+    layer: MoeLayer,
+    dtype: str,
+    product: Product = product,
+) -> tuple[F64, F64, F64]:
+    """``(y, separate, fused)``: the layer's output [T, H] and two bounds on its error.
+
+    x [T, H], ids and weights [T, K]. ``expert(e)`` gives the weights of expert e and is called once for each
+    expert that a token uses. ``separate`` holds when gate and up are rounded to ``dtype`` before the
+    activation (one op after the other), ``fused`` when the activation takes the f32 sums. Another ``product``
+    takes weights of its own form.
+    """
+    u, eta = _UNIT_ROUNDOFF[dtype], _HALF_SUBNORMAL[dtype]
+    num_tokens, top_k = ids.shape
+    out = np.zeros((num_tokens, top_k, x.shape[1]))
+    variance = np.zeros((2, *out.shape))  # squares of r[o]: separate, fused
+    for e in np.unique(ids[ids >= 0]):
+        token, slot = np.nonzero(ids == e)
+        w = expert(int(e))
+        gate_up, reach, _ = _biased(product(x[token], w.w13, ()), w.w13_bias)
+        summed = (x.shape[1] + 2) * (_EPS * reach) ** 2
+        paths = [_activate(gate_up, v, layer) for v in (summed + (u * np.abs(gate_up) + eta) ** 2, summed)]
+        a = paths[0][0]
+        rounding = (u * np.abs(a) + eta) ** 2
+        o, reach, carried = _biased(product(a, w.w2, [da + rounding for _, da in paths]), w.w2_bias)
+        own = (a.shape[1] + 2) * (_EPS * reach) ** 2 + (u * np.abs(o) + eta) ** 2
+        out[token, slot] = o
+        for path, do in enumerate(carried):
+            variance[path, token, slot] = do + own
+
+    w_j = weights[:, :, None]
+    y = (w_j * out).sum(axis=1)
+    reach = np.abs(w_j * out).sum(axis=1)
+    routed = (top_k + 1 + (2 * layer.num_experts + 64) ** 2) * (_EPS * reach) ** 2
+    separate, fused = (
+        _TAIL * np.sqrt((w_j**2 * do).sum(axis=1) + routed) + u * np.abs(y) + eta for do in variance
+    )
+    return y, separate, fused
+
+
+def _biased(
+    products: tuple[F64, F64, list[F64]], bias: npt.NDArray[np.generic] | None
+) -> tuple[F64, F64, list[F64]]:
+    if bias is None:
+        return products
+    out, reach, carried = products
+    offset = to_float64(bias)
+    return out + offset, reach + np.abs(offset), carried
 
 
 def _activate(gate_up: F64, error: F64, layer: MoeLayer) -> tuple[F64, F64]:

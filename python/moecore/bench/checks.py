@@ -11,7 +11,16 @@ import numpy.typing as npt
 
 from moecore.reference import to_float64
 
-__all__ = ["Check", "compare", "decode", "dequantize_rows", "product_bound"]
+__all__ = [
+    "BLOCK",
+    "Check",
+    "code_values",
+    "compare",
+    "decode",
+    "dequantize_rows",
+    "product_bound",
+    "scale_values",
+]
 
 F64 = npt.NDArray[np.float64]
 Host = npt.NDArray[Any]
@@ -60,14 +69,18 @@ def _e4m3_values() -> F64:
 
 _E4M3 = _e4m3_values()
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_E2M1_PAIRS = np.stack([np.tile(_E2M1, 16), np.repeat(_E2M1, 16)], axis=1)  # of a byte
+
+
+def code_values(fp4: bool) -> F64:
+    """The values of a byte [256, 1 or 2]: an e4m3 code, or two of e2m1, the even column in the low nibble."""
+    return _E2M1_PAIRS if fp4 else _E4M3[:, None]
 
 
 def decode(codes: Host, fp4: bool) -> F64:
-    """The values of e4m3 codes, or of e2m1 codes two to the byte, the even column in the low nibble."""
-    if not fp4:
-        return np.asarray(_E4M3[codes])
-    pairs = np.stack([codes & 15, codes >> 4], axis=-1)
-    return np.asarray(_E2M1[pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])])
+    """The values of e4m3 codes, or of e2m1 codes two to the byte."""
+    values = code_values(fp4)[codes]
+    return np.asarray(values.reshape(*codes.shape[:-1], -1))
 
 
 def scale_values(scales: Host, kind: str) -> F64:
@@ -92,7 +105,8 @@ def dequantize_rows(codes: Host, scales: Host, kind: str, global_scale: float = 
     factors = scale_values(scales, kind) / (global_scale if kind == "nvfp4" else 1.0)
     if kind in BLOCK:
         factors = np.repeat(factors, BLOCK[kind], axis=1)[:, : values.shape[1]]
-    return np.asarray(values * factors)
+    values *= factors
+    return values
 
 
 def quantized(actual: F64, x: F64, kind: str, slack: float = 0.0) -> Check:

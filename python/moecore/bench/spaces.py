@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import statistics
 import time
@@ -18,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 import moecore
-from moecore import _core
+from moecore import _core, reference
 from moecore._arrays import DeviceMissingError
-from moecore.bench import machine
+from moecore.bench import checks, machine
 
 __all__ = ["Space", "Timing", "open_space"]
 
@@ -112,9 +113,19 @@ class Space:
         """``tensor[index]`` in NumPy's form."""
         return np.asarray(_base(tensor)[index])
 
-    def of_expert(self, tensor: Any, expert: int, rows: Any) -> Host:
-        """tensor[expert, rows] in NumPy's form: rows of one expert's weights."""
+    def matrix(self, tensor: Any, expert: int, rows: Any = slice(None)) -> Any:
+        """``tensor[expert, rows]`` where it is: rows of one expert's weights or scales."""
         return np.asarray(_base(tensor)[expert][rows])
+
+    def dequantized(self, codes: Any, scales: Any, kind: str, global_scale: float) -> Any:
+        """The values of such rows, as `product` takes them."""
+        return checks.dequantize_rows(codes, scales, kind, global_scale)
+
+    def product(
+        self, rows: checks.F64, weights: Any, variances: Sequence[checks.F64] = ()
+    ) -> tuple[checks.F64, checks.F64, list[checks.F64]]:
+        """`reference.product`, where the weights are."""
+        return reference.product(rows, weights, variances)
 
     def assign(self, tensor: Any, rows: Sequence[int], values: Host) -> None:
         """tensor[rows] = values."""
@@ -146,9 +157,9 @@ class Space:
 
     # --- time ---
 
-    def num_sets(self, set_bytes: int, roof_us: float) -> int:
-        """How many sets of inputs to rotate, each of ``set_bytes``."""
-        del roof_us
+    def num_sets(self, set_bytes: int, shared_bytes: float = 0.0) -> int:
+        """How many sets of inputs to rotate, each of ``set_bytes``; a call moves ``shared_bytes`` beside."""
+        del shared_bytes
         fitting = max(1, int(self.free_bytes() / 4 / max(1, set_bytes)))
         return max(1, min(self.max_sets, fitting, -(-self.cold_bytes // max(1, set_bytes)) + 1))
 
@@ -181,7 +192,9 @@ class _CudaSpace(Space):
         super().__init__(seed)
         import torch
 
-        self._torch = torch
+        from moecore.bench import device_float64
+
+        self._torch, self._float64 = torch, device_float64
         if not torch.cuda.is_available():
             raise DeviceMissingError(f"torch {torch.__version__} sees no CUDA device")
         self._gpu = machine.Gpu()
@@ -230,8 +243,17 @@ class _CudaSpace(Space):
         host: Host = tensor[index].cpu().numpy()
         return host.view(np.uint16) if host.dtype == np.int16 else host
 
-    def of_expert(self, tensor: Any, expert: int, rows: Any) -> Host:
-        return self.host(tensor[expert], rows)
+    def matrix(self, tensor: Any, expert: int, rows: Any = slice(None)) -> Any:
+        index = self._torch.from_numpy(rows).to(self.device) if isinstance(rows, np.ndarray) else rows
+        return tensor[expert][index]
+
+    def dequantized(self, codes: Any, scales: Any, kind: str, global_scale: float) -> Any:
+        return self._float64.dequantize_rows(codes, scales, kind, global_scale)
+
+    def product(
+        self, rows: checks.F64, weights: Any, variances: Sequence[checks.F64] = ()
+    ) -> tuple[checks.F64, checks.F64, list[checks.F64]]:
+        return self._float64.product(rows, weights, variances)
 
     def assign(self, tensor: Any, rows: Sequence[int], values: Host) -> None:
         dtype = next(name for name, native in self._dtypes.items() if native == tensor.dtype)
@@ -249,9 +271,12 @@ class _CudaSpace(Space):
     def release(self) -> None:
         self._torch.cuda.empty_cache()
 
-    def num_sets(self, set_bytes: int, roof_us: float) -> int:
-        """At least two; more until a replay is long enough, as far as a third of the free memory goes."""
-        wanted = max(2, round(self.replay_us / (roof_us + 2.0)), -(-self.cold_bytes // max(1, set_bytes)))
+    def num_sets(self, set_bytes: int, shared_bytes: float = 0.0) -> int:
+        """At least two; more until a replay is long and moves much, as far as a third of the memory goes."""
+        moved = set_bytes + shared_bytes
+        wanted = max(
+            2, round(self.replay_us / (moved / 4.0e6 + 2.0)), math.ceil(self.cold_bytes / max(1, moved))
+        )
         fitting = max(1, int(self.free_bytes() / 3 / max(1, set_bytes)))
         return max(1, min(self.max_sets, wanted, fitting))
 
@@ -267,30 +292,29 @@ class _CudaSpace(Space):
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-        clock: int | None = None
-        power: float | None = None
-
-        def replay(observe: bool = False) -> float:
-            nonlocal clock, power
+        def replays(count: int) -> list[tuple[Any, Any]]:
+            """Queued one after the other, so that the GPU never waits for the host."""
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
             with torch.cuda.stream(stream):
-                torch.sum(self._flush, (0,), dtype=torch.int64, out=self._sink)
-                begin.record()
-                graph.replay()
-                end.record()
-            if observe:
-                clock, power = self._gpu.clock_mhz(), self._gpu.power_w()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) * 1e3 / len(calls)
+                for begin, end in events:
+                    torch.sum(self._flush, (0,), dtype=torch.int64, out=self._sink)
+                    begin.record()
+                    graph.replay()
+                    end.record()
+            return [(begin, end) for begin, end in events]
 
-        first = max(replay(), 1e-3) * len(calls) * 1e-6  # seconds
+        def microseconds(events: list[tuple[Any, Any]]) -> list[float]:
+            events[-1][1].synchronize()
+            return [float(begin.elapsed_time(end)) * 1e3 / len(calls) for begin, end in events]
+
+        first = max(microseconds(replays(1))[0], 1e-3) * len(calls) * 1e-6  # seconds
         is_long = first > 0.05
-        for _ in range(0 if is_long else max(1, min(20, int(0.25 * seconds / first)))):
-            replay()
+        warm = 0 if is_long else max(1, min(20, int(0.25 * seconds / first)))
         count = max(3 if is_long else 7, min(40, int(seconds / (first + 1e-4))))
-        times = [replay(observe=i == count - 1) for i in range(count)]
-        return summary(times, clock, power)
+        events = replays(warm + count)
+        clock, power = self._gpu.clock_mhz(), self._gpu.power_w()  # of a busy GPU
+        return summary(microseconds(events)[warm:], clock, power)
 
 
 def summary(times: Sequence[float], clock: int | None = None, power: float | None = None) -> Timing:

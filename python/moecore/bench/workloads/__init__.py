@@ -11,8 +11,9 @@ from moecore.bench.cases import Case
 from moecore.bench.workloads import products, quantize, rows
 from moecore.bench.workloads.lab import Lab, SkippedError, Work
 from moecore.bench.workloads.routing import routed_ids
+from moecore.bench.workloads.weights import Weights
 
-__all__ = ["Lab", "SkippedError", "Work", "prepare", "routed_ids"]
+__all__ = ["Lab", "SkippedError", "Weights", "Work", "prepare", "routed_ids"]
 
 _PREPARE: dict[str, Callable[[Lab, Case], Work]] = {
     "route": rows.route,

@@ -74,11 +74,10 @@ class Lab:
         if num_bytes > 0.9 * free:
             raise SkippedError(f"needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
-    def sets(self, set_bytes: float, extra_bytes: float = 0.0) -> range:
-        """Numbers of the sets to rotate: ``set_bytes`` are rotated, ``extra_bytes`` more are moved."""
+    def sets(self, set_bytes: float, shared_bytes: float = 0.0) -> range:
+        """Numbers of the sets to rotate, each of ``set_bytes``; a call moves ``shared_bytes`` beside."""
         self.need(set_bytes)
-        roof_us = (set_bytes + extra_bytes) / 4.0e6
-        return range(self.space.num_sets(int(set_bytes), roof_us))
+        return range(self.space.num_sets(int(set_bytes), shared_bytes))
 
     def routed(self, case: Case, index: int) -> SimpleNamespace:
         """Ids i32 and weights f32 [T, K] of set ``index``."""

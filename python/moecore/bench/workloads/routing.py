@@ -47,7 +47,7 @@ def head_values(layer: MoeLayer, dtype: str) -> npt.NDArray[Any]:
     return space.host(space.normal((_MOST_TOKENS_CHECKED, layer.hidden), dtype, 1.0))
 
 
-@functools.lru_cache(maxsize=96)
+@functools.lru_cache(maxsize=2048)
 def routed_ids(num_experts: int, top_k: int, tokens: int, routing: str, index: int) -> npt.NDArray[np.int32]:
     """Ids [T, K] of set ``index``: K distinct experts a token.
 

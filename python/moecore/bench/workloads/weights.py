@@ -10,7 +10,6 @@ import numpy as np
 
 import moecore
 from moecore import reference
-from moecore.bench import checks
 from moecore.bench.spaces import Space
 from moecore.bench.workloads.routing import SEED
 from moecore.models import MoeLayer
@@ -105,30 +104,26 @@ class Weights:
             **(quantized if self.quantized else {}),
         )
 
-    def rows(self, matrix: Matrix, expert: int, rows: Any = slice(None)) -> checks.F64:
-        """Rows of one expert's matrix in float64."""
-        host, of_expert = self.space.host, self.space.of_expert
-        codes = of_expert(matrix.tensor, expert, rows)
+    def rows(self, matrix: Matrix, expert: int, rows: Any = slice(None)) -> Any:
+        """Rows of one expert's matrix, as `Space.product` takes them."""
+        space = self.space
+        codes = space.matrix(matrix.tensor, expert, rows)
         if not self.quantized:
-            return reference.to_float64(codes)
+            return codes
+        scale_rows = rows
         if self.dtype == "fp8_block128":
-            scales = np.repeat(host(matrix.scales, expert), 128, axis=0)[rows]
-            scales = scales[: len(codes)]
-        else:
-            scales = of_expert(matrix.scales, expert, rows)
-        factor = 1.0 if matrix.global_scale is None else float(host(matrix.global_scale)[0])
-        return checks.dequantize_rows(codes, scales, self.dtype, factor)
+            scale_rows = np.arange(matrix.tensor.shape[1])[rows] // 128
+        scales = space.matrix(matrix.scales, expert, scale_rows)
+        factor = 1.0 if matrix.global_scale is None else float(space.host(matrix.global_scale)[0])
+        return space.dequantized(codes, scales, self.dtype, factor)
 
     def expert(self, index: int) -> reference.ExpertWeights:
         """One expert for the float64 layer."""
-        if not self.quantized:
-            w13, w2 = (self.space.host(m.tensor, index) for m in (self.w13, self.w2))
-        else:
-            w13, w2 = (self.rows(m, index).astype(np.float32) for m in (self.w13, self.w2))
+        matrices = (self.rows(m, index) for m in (self.w13, self.w2))
         biases = (
             None if bias is None else self.space.host(bias, index) for bias in (self.w13_bias, self.w2_bias)
         )
-        return reference.ExpertWeights(w13, w2, *biases)
+        return reference.ExpertWeights(*matrices, *biases)
 
 
 def activation_options(layer: MoeLayer) -> dict[str, Any]:
