@@ -3,99 +3,16 @@
 
 #include "moecore/grouped_gemm.h"
 
-#include <cmath>
-
 #include "support/cases.h"
 #include "support/compare.h"
-#include "support/fixture.h"
-#include "support/oracle.h"
+#include "support/gemm_test.h"
 
 namespace moecore::test {
 namespace {
 
-struct GemmCase {
-  std::vector<std::int64_t> counts;  // rows of each expert
-  std::int64_t n = 64, k = 64;
-  std::int64_t spare_rows = 0;  // rows behind expert_offsets[E]
-  bool gather = false;
-  std::optional<DType> bias{};
-  std::optional<DType> row_weights{};
-  std::optional<Activation> activation{};
-  Place place{};
-  int num_threads = 0;
-
-  friend std::ostream& operator<<(std::ostream& out, const GemmCase& c) {
-    out << "counts";
-    for (std::int64_t n : c.counts) out << " " << n;
-    return out << " N=" << c.n << " K=" << c.k << (c.gather ? " gather" : "") << (c.bias ? " bias" : "")
-               << (c.row_weights ? " row_weights" : "") << (c.activation ? " activation" : "") << " "
-               << c.place.name;
-  }
-};
-
-class GroupedGemm : public OnDeviceDType {
+class GroupedGemm : public GemmTest {
  protected:
-  enum class Values { kIntegers, kRandom };
-
-  void expect_gemm(const GemmCase& c, Values kind) {
-    SCOPED_TRACE(::testing::Message() << c);
-    Random random(static_cast<std::uint64_t>(c.n * 1000 + c.k));
-    const auto num_experts = static_cast<std::int64_t>(c.counts.size());
-    Array offsets({num_experts + 1});
-    for (std::int64_t e = 0; e < num_experts; ++e)
-      offsets[e + 1] = offsets[e] + static_cast<double>(c.counts[static_cast<std::size_t>(e)]);
-    const auto live = static_cast<std::int64_t>(offsets[num_experts]);
-    const std::int64_t num_rows = live + c.spare_rows,
-                       x_rows = c.gather ? std::max<std::int64_t>(1, live / 2 + 1) : num_rows;
-    auto values = [&](std::vector<std::int64_t> shape, DType type) {
-      return kind == Values::kIntegers ? random.integers(std::move(shape), -3, 3)
-                                       : random.floats(std::move(shape), type);
-    };
-    Array x = values({x_rows, c.k}, dtype()), weights = values({num_experts, c.n, c.k}, dtype());
-    // What must not be read is NaN: rows behind the offsets and the weights of experts without rows.
-    if (!c.gather)
-      for (std::int64_t i = live * c.k; i < x.size(); ++i) x[i] = std::nan("");
-    for (std::int64_t e = 0; e < num_experts; ++e)
-      if (c.counts[static_cast<std::size_t>(e)] == 0)
-        for (std::int64_t i = 0; i < c.n * c.k; ++i) weights[e * c.n * c.k + i] = std::nan("");
-
-    oracle::GemmSpec spec{.activation = c.activation};
-    GroupedGemmOptions options{.activation = c.activation};
-    const Tensor x_tensor(device(), dtype(), x, c.place), weight_tensor(device(), dtype(), weights, c.place),
-        offset_tensor(device(), DType::kI32, offsets);
-    std::optional<Tensor> bias, row_token, row_weights;
-    if (c.bias) {
-      spec.bias = values({num_experts, c.n}, *c.bias);
-      bias.emplace(device(), *c.bias, *spec.bias, c.place);
-      options.bias = bias->read_only();
-    }
-    if (c.gather) {
-      spec.row_token = Array({num_rows}, -1);
-      for (std::int64_t r = 0; r < live; ++r)
-        (*spec.row_token)[r] = static_cast<double>(random.below(x_rows));
-      row_token.emplace(device(), DType::kI32, *spec.row_token);
-      options.row_token = row_token->read_only();
-    }
-    if (c.row_weights) {
-      spec.row_weights = values({num_rows}, *c.row_weights);
-      row_weights.emplace(device(), *c.row_weights, *spec.row_weights);
-      options.row_weights = row_weights->read_only();
-    }
-    const std::int64_t width = c.activation && c.activation->gated() ? c.n / 2 : c.n;
-    Tensor out(device(), dtype(), {num_rows, width}, c.place);
-    const Call call(device(),
-                    grouped_gemm_workspace_bytes(num_rows, c.n, c.k, num_experts, dtype(), device()),
-                    c.num_threads);
-    grouped_gemm(x_tensor.read_only(), weight_tensor.read_only(), offset_tensor.read_only(), out, options,
-                 call);
-
-    Bounded expected = oracle::grouped_gemm(x, weights, offsets, num_rows, spec);
-    // Every product and every partial sum is an integer below 2^24: only the output's rounding is left.
-    if (kind == Values::kIntegers && !c.activation) expected.bound = Array({num_rows, width});
-    EXPECT_TRUE(within(out.get(), expected, dtype()));
-    EXPECT_TRUE(out.surroundings_intact());
-    EXPECT_TRUE(call.workspace_intact());
-  }
+  void expect_gemm(const GemmCase& c, Values kind) { GemmTest::expect_gemm({"floats", {}, {}}, c, kind); }
 };
 
 TEST_P(GroupedGemm, ExactOnIntegersForAnyShape) {

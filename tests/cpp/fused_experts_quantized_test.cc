@@ -1,0 +1,211 @@
+// fused_experts with quantised weights: as a composition bit for bit that of the public ops; close to the
+// layer in double where rows stay floats.
+
+#include "moecore/finalize.h"
+#include "moecore/grouped_gemm.h"
+#include "moecore/permute.h"
+#include "moecore/plan.h"
+#include "moecore/quantize.h"
+#include "support/cases.h"
+#include "support/compare.h"
+#include "support/layer_test.h"
+#include "support/oracle.h"
+#include "support/quantized_operand.h"
+
+namespace moecore::test {
+namespace {
+
+// One layer with quantised weights, and activations where the pair has them so.
+struct QuantizedLayer {
+  const LayerCase& c;
+  const FormatPair& pair;
+  Layer layer;
+  Operand w13, w2;
+  std::optional<Tensor> x_scale, inter_scale;
+
+  QuantizedLayer(const LayerCase& layer_case, const FormatPair& formats, Device device, DType dtype,
+                 Random random)
+      : c(layer_case),
+        pair(formats),
+        layer(c, device, dtype, random),
+        w13({.format = pair.weights, .float_type = dtype, .shape = layer.w13.shape, .place = c.place},
+            random),
+        w2({.format = pair.weights, .float_type = dtype, .shape = layer.w2.shape, .place = c.place}, random) {
+    // Small, so that the products of integers stay where every type has room.
+    for (double& v : layer.x.values) v = oracle::round_to(dtype, v * 0x1p-6);
+    layer.x_tensor.set(layer.x);
+    layer.w13 = w13.values;
+    layer.w2 = w2.values;
+    w13.upload(device);
+    w2.upload(device);
+    if (pair.x && pair.x->kind == QuantKind::kNvfp4) {
+      x_scale.emplace(device, DType::kF32, Array({1}, 37.0));
+      inter_scale.emplace(device, DType::kF32, Array({1}, 0.75));
+    } else if (pair.x && pair.x->static_scale) {
+      x_scale.emplace(device, DType::kF32, Array({1, 1}, 0x1p-12));
+      inter_scale.emplace(device, DType::kF32, Array({1, 1}, 0.0625));
+    }
+  }
+
+  Experts experts() const {
+    Experts e = layer.experts(c.activation);
+    e.w13 = w13.view();
+    e.w2 = w2.view();
+    e.w13_scales = w13.scale_view();
+    e.w2_scales = w2.scale_view();
+    return e;
+  }
+  FusedExpertsOptions options() const {
+    return {.apply_router_weight_on_input = c.weight_on_input,
+            .residual = Layer::view(layer.residual_tensor),
+            .x_format = pair.x,
+            .x_scale = Layer::view(x_scale),
+            .inter_scale = Layer::view(inter_scale)};
+  }
+
+  Array run(std::string_view policy = "") const {
+    const RoutingCase& r = c.routing;
+    const Device device = layer.x_tensor.view().device;
+    const DType dtype = layer.x_tensor.view().dtype;
+    Tensor out(device, dtype, {r.num_tokens, c.hidden});
+    Call call(device, fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter,
+                                                    dtype, device, pair.x, pair.weights));
+    call.context().policy = policy;
+    fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
+                  experts(), out, options(), call);
+    EXPECT_TRUE(out.surroundings_intact());
+    EXPECT_TRUE(call.workspace_intact());
+    return out.get();
+  }
+
+  // Rows as the operand of a product: their codes and scales, or themselves.
+  struct Rows {
+    Tensor data, scales;
+    std::optional<OperandScales> view;
+  };
+  Rows quantized(const Tensor& rows, const std::optional<Tensor>& scale, const ExpertRows& which) const {
+    const TensorView v = rows.read_only();
+    if (!pair.x) return {Tensor(v.device, DType::kU8, {0}), Tensor(v.device, DType::kF32, {0}), {}};
+    QuantFormat f = *pair.x;
+    f.layout = ScaleLayout::kLinear;
+    f.e8m0_scales = false;  // f32 powers of two
+    const auto shape = scale_shape(f, v.shape[0], v.shape[1]);
+    Rows to{Tensor(v.device, DType::kU8, {v.shape[0], is_fp4(f) ? v.shape[1] / 2 : v.shape[1]}),
+            Tensor(v.device, f.scale_dtype() == DType::kF32 ? DType::kF32 : DType::kU8, {shape[0], shape[1]}),
+            {}};
+    QuantizeOptions options{.rows = which};
+    if (f.kind == QuantKind::kNvfp4) options.global_scale = Layer::view(scale);
+    const TensorView scales = f.static_scale ? scale->view() : to.scales.view();
+    quantize(v, to.data, scales, f, options, Call(v.device));
+    to.view = OperandScales{f, scales, options.global_scale};
+    return to;
+  }
+
+  Array compose() const {
+    const std::int64_t t = c.routing.num_tokens, k = c.routing.top_k, e = c.num_experts(), rows = t * k;
+    const Device device = layer.x_tensor.view().device;
+    const DType dtype = layer.x_tensor.view().dtype;
+    auto i32 = [&](std::vector<std::int64_t> shape) { return Tensor(device, DType::kI32, std::move(shape)); };
+    Tensor offsets = i32({e + 1}), scale_offsets = i32({e + 1}), row_token = i32({rows}),
+           slot_row = i32({t, k}), row_route = i32({rows});
+    plan(layer.id_tensor.read_only(), {offsets, scale_offsets, row_token, slot_row, row_route},
+         {.num_experts = e}, Call(device, plan_workspace_bytes(t, k, e, device)));
+    auto gemm = [&](const Tensor& floats, const Rows& a, const Operand& w, Tensor& to,
+                    GroupedGemmOptions options) {
+      options.x_scales = a.view;
+      options.weight_scales = w.scale_view();
+      const std::int64_t n = w.values.shape[1], depth = w.values.shape[2];
+      grouped_gemm(
+          a.view ? a.data.read_only() : floats.read_only(), w.view(), offsets.read_only(), to, options,
+          Call(device, grouped_gemm_workspace_bytes(rows, n, depth, e, dtype, device, pair.x, pair.weights)));
+    };
+    GroupedGemmOptions gemm1{.bias = Layer::view(layer.w13_bias_tensor),
+                             .row_token = row_token.read_only(),
+                             .activation = c.activation};
+    Tensor row_weights(device, c.weight_type, {rows, 1});
+    if (c.weight_on_input) {
+      const Tensor by_route(device, c.weight_type, Array({rows, 1}, layer.weights.values));
+      shuffle_rows(by_route.read_only(), row_route.read_only(), row_weights, Call(device));
+      TensorView flat = row_weights.read_only();
+      flat.ndim = 1;
+      flat.strides[0] = 1;
+      gemm1.row_weights = flat;
+    }
+    Tensor inter_rows(device, dtype, {rows, c.inter}), out_rows(device, dtype, {rows, c.hidden}),
+        out(device, dtype, {t, c.hidden});
+    gemm(layer.x_tensor, quantized(layer.x_tensor, x_scale, {}), w13, inter_rows, gemm1);
+    gemm(inter_rows, quantized(inter_rows, inter_scale, {.expert_offsets = offsets.read_only()}), w2,
+         out_rows, {.bias = Layer::view(layer.w2_bias_tensor)});
+    FinalizeOptions last{.residual = Layer::view(layer.residual_tensor)};
+    if (!c.weight_on_input) last.weights = layer.weight_tensor.read_only();
+    finalize(out_rows.read_only(), slot_row.read_only(), out, last, Call(device));
+    return out.get();
+  }
+};
+
+class FusedExpertsQuantized : public LayerTest {};
+
+TEST_P(FusedExpertsQuantized, IsTheComposition) {
+  std::vector<FormatPair> pairs = format_pairs();
+  pairs.push_back(
+      {"fp8 tensor static x fp8 token", QuantFormat::fp8_tensor_static(), QuantFormat::fp8_token()});
+  pairs.push_back({"nvfp4 swizzled x nvfp4", QuantFormat::nvfp4(), QuantFormat::nvfp4(ScaleLayout::kLinear)});
+  pairs.push_back({"fp8 e8m0 x fp8 block128", QuantFormat::fp8_block128_e8m0(), QuantFormat::fp8_block128()});
+  for (const FormatPair& pair : pairs) {
+    std::vector<LayerCase> cases;
+    for (const RoutingCase& routing : {RoutingCase{1, 2, 8},
+                                       {0, 2, 4},
+                                       {40, 4, 17, Routing::kInvalid},
+                                       {33, 2, 5, Routing::kGaps},
+                                       {5, 2, 6, Routing::kAllDropped}})
+      cases.push_back({.routing = routing, .hidden = 160, .inter = 136, .residual = true});
+    cases.push_back({.routing = {19, 2, 4}, .hidden = 64, .inter = 34, .weight_on_input = true});
+    cases.push_back({.routing = {9, 3, 5},
+                     .hidden = 96,
+                     .inter = 130,
+                     .activation = Activation::gpt_oss(),
+                     .bias = dtype(),
+                     .place = places(dtype())[1]});
+    for (const LayerCase& c : cases) {
+      SCOPED_TRACE(::testing::Message() << pair.name << " " << c);
+      const QuantizedLayer quantized(c, pair, device(), dtype(), Random(17));
+      const Array out = quantized.run("fused_experts.fused=0");
+      EXPECT_TRUE(equal(out, quantized.compose())) << "against the composition of the public ops";
+      if (!pair.x) {
+        EXPECT_TRUE(within(out, reference(c, quantized.layer, 8), dtype())) << "against the layer in double";
+      }
+    }
+  }
+}
+
+class FusedExpertsQuantizedOneKernel : public LayerTest {};
+
+TEST_P(FusedExpertsQuantizedOneKernel, Weights) {
+  for (const FormatPair& pair : format_pairs()) {
+    if (pair.x) continue;
+    std::vector<LayerCase> cases = {
+        {.routing = {1, 2, 8}, .hidden = 1280, .inter = 640},
+        {.routing = {9, 4, 16, Routing::kInvalid}, .hidden = 256, .inter = 512, .residual = true},
+        {.routing = {33, 2, 4, Routing::kHot}, .hidden = 128, .inter = 384, .weight_on_input = true},
+        {.routing = {5, 3, 6},
+         .hidden = 480,
+         .inter = 2144,
+         .activation = Activation::gpt_oss(),
+         .bias = dtype()}};
+    for (const LayerCase& c : cases) {
+      SCOPED_TRACE(::testing::Message() << pair.name << " " << c);
+      const QuantizedLayer quantized(c, pair, device(), dtype(), Random(17));
+      EXPECT_TRUE(within(quantized.run(kOneKernel), reference(c, quantized.layer, 8), dtype()));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, FusedExpertsQuantized, ::testing::ValuesIn(devices_times(float_types())),
+                         device_dtype_name);
+
+INSTANTIATE_TEST_SUITE_P(, FusedExpertsQuantizedOneKernel, ::testing::ValuesIn(one_kernel_types()),
+                         device_dtype_name);
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(FusedExpertsQuantizedOneKernel);
+
+}  // namespace
+}  // namespace moecore::test
