@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from moecore import _core
 from moecore._core import QuantFormat, expert_scale_rows
 from moecore._frameworks import framework_of
-from moecore.ops import Plan, _compiled
+from moecore.ops import Plan
+from moecore.ops.arguments import traced_ops
 from moecore.typing import DLPackTensor, StreamLike
 
 
@@ -81,9 +82,9 @@ def quantize(
 
     Bytes that belong to no row are undefined without `out` and untouched with it.
     """
-    if (compiled := _compiled()) is not None:
+    if (traced := traced_ops()) is not None:
         return Quantized(
-            *compiled.quantize(
+            *traced.quantize(
                 x,
                 format,
                 global_scale,
@@ -153,8 +154,8 @@ def dequantize(
     stream: StreamLike = None,
 ) -> Any:
     """RN(code * scale), of data and scales as quantize() gives them -> [R,hidden] of `dtype`."""
-    if (compiled := _compiled()) is not None:
-        return compiled.dequantize(
+    if (traced := traced_ops()) is not None:
+        return traced.dequantize(
             data,
             scales,
             format,
@@ -193,8 +194,8 @@ def global_scale(
     stream: StreamLike = None,
 ) -> Any:
     """nvfp4's global scale min(2688 / largest |x|, largest f32), 1 for zeros. x [R,H] -> f32 [1], or [E]."""
-    if (compiled := _compiled()) is not None:
-        return compiled.global_scale(x, expert_offsets, row_counts, per_expert, out)
+    if (traced := traced_ops()) is not None:
+        return traced.global_scale(x, expert_offsets, row_counts, per_expert, out)
     fw = framework_of("global_scale", "x", x)
     fw.admit("global_scale", x)
     if out is None:

@@ -152,7 +152,7 @@ def test_missing_backend_says_so(torch: Any) -> None:
         pytest.skip("this machine has a CUDA device")
     assert issubclass(moecore.BackendError, RuntimeError)
     assert moecore.BackendError.__module__ == "moecore"
-    with pytest.raises(moecore.BackendError, match="CPU"):
+    with pytest.raises(moecore.BackendError, match=r"the CPU engine|there is no device"):
         moecore.measure_roof("cuda")
 
 

@@ -300,7 +300,7 @@ def test_compile_quantize_static_scale_and_out(layer: dict[str, Any]) -> None:
 
 
 def test_symbolic_scale_shapes_are_the_formats() -> None:
-    from moecore.torch_ops import _scale_shape
+    from moecore.torch_ops.definitions import _scale_shape
 
     for fmt in (moecore.QuantFormat(f) if isinstance(f, str) else f for f in FORMATS):
         for rows in (1, 7, 8, 127, 128, 300):

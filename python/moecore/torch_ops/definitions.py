@@ -1,10 +1,4 @@
-"""moecore in torch's dispatcher: `torch.ops.moecore.*`, for torch.compile and torch.export.
-
-Importing this module registers the ops; the public functions of moecore do it by themselves when
-torch.compile traces them. Every op exists as `name`, which allocates its results, and as `name_out`, which
-writes into tensors it declares as mutated. Inputs that require grad are refused in grad mode: the ops have no
-gradient.
-"""
+"""The ops in torch: schema, outputs, and the call of moecore."""
 
 from __future__ import annotations
 
@@ -18,11 +12,12 @@ from torch import Tensor
 from moecore import ops, quantization
 from moecore._core import QuantFormat
 from moecore.ops import Experts, Plan
+from moecore.ops.rows import block_scale_shape
 
-_LIBRARY = torch.library.Library("moecore", "DEF")
 
+class Op(NamedTuple):
+    """An op of torch.ops.moecore."""
 
-class _Op(NamedTuple):
     name: str
     parameters: str  # of the schema, in the order of `run` and `outputs`
     num_outputs: int
@@ -136,7 +131,8 @@ atexit.register(_formats.clear)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _format_name(format: QuantFormat | str | None) -> str | None:
+def format_name(format: QuantFormat | str | None) -> str | None:
+    """What stands for a format among the arguments."""
     if format is None or isinstance(format, str):
         return format
     name = f"format {id(format)}"
@@ -202,7 +198,7 @@ def _finalize_quantize_outputs(
     scale_layout: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     num_tokens, width = slot_row.shape[0], rows.shape[1] if hidden is None else hidden
-    scales = rows.new_empty(ops.block_scale_shape(num_tokens, width, scale_layout), dtype=torch.float32)
+    scales = rows.new_empty(block_scale_shape(num_tokens, width, scale_layout), dtype=torch.float32)
     return rows.new_empty((num_tokens, width)), scales
 
 
@@ -335,20 +331,20 @@ def _global_scale(out: Any, x: Any, expert_offsets: Any, row_counts: Any, per_ex
 
 
 _ACTIVATION = "str order, float? alpha, float? beta, float? limit"
-_OPS = [
-    _Op(
+OPS = [
+    Op(
         "route",
         "Tensor logits, SymInt top_k, str scoring, Tensor? bias, int num_groups, int topk_groups, "
         "str group_score, bool renormalize, float scale, Tensor? is_padding",
         2, _route_outputs, _route,
     ),
-    _Op(
+    Op(
         "plan",
         "Tensor ids, SymInt num_experts, Tensor? expert_map, SymInt first_expert, int scale_alignment, "
         "SymInt hidden, SymInt inter, bool gated, bool swap_ab",
         7, _plan_outputs, _plan,
     ),
-    _Op(
+    Op(
         "route_plan",
         "Tensor logits, SymInt top_k, SymInt num_experts, str scoring, Tensor? bias, int num_groups, "
         "int topk_groups, str group_score, bool renormalize, float scale, Tensor? is_padding, "
@@ -356,43 +352,43 @@ _OPS = [
         "bool gated, bool swap_ab",
         9, _route_plan_outputs, _route_plan,
     ),
-    _Op(
+    Op(
         "permute", "Tensor x, Tensor row_token, Tensor slot_row, Tensor expert_offsets",
         1, _permute_outputs, _permute,
     ),
-    _Op(
+    Op(
         "permute_scales", "Tensor x, Tensor scales, Tensor row_token, Tensor slot_row, Tensor expert_offsets",
         2, _permute_scales_outputs, _permute_scales,
     ),
-    _Op("shuffle_rows", "Tensor x, Tensor map", 1, _permute_outputs, _shuffle_rows),
-    _Op(
+    Op("shuffle_rows", "Tensor x, Tensor map", 1, _permute_outputs, _shuffle_rows),
+    Op(
         "shuffle_rows_scales", "Tensor x, Tensor scales, Tensor map",
         2, _permute_scales_outputs, _shuffle_rows_scales,
     ),
-    _Op(
+    Op(
         "activate", f"Tensor x, str kind, {_ACTIVATION}, Tensor? expert_offsets",
         1, _activate_outputs, _activate,
     ),
-    _Op(
+    Op(
         "grouped_gemm",
         "Tensor x, Tensor weights, Tensor expert_offsets, Tensor? bias, Tensor? row_token, str? activation, "
         f"{_ACTIVATION}, Tensor? row_weights, str? x_format, Tensor? x_scales, Tensor? x_global_scale, "
         "str? weight_format, Tensor? weight_scales, Tensor? weight_global_scale, str? out_dtype",
         1, _grouped_gemm_outputs, _grouped_gemm,
     ),
-    _Op(
+    Op(
         "finalize",
         "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, bool cast_weights, Tensor? residual, "
         "Tensor? row_scales, str scale_layout, str? dtype",
         1, _finalize_outputs, _finalize,
     ),
-    _Op(
+    Op(
         "finalize_quantize",
         "Tensor rows, Tensor slot_row, Tensor? weights, SymInt? hidden, Tensor? residual, "
         "Tensor? row_scales, str scale_layout",
         2, _finalize_quantize_outputs, _finalize_quantize,
     ),
-    _Op(
+    Op(
         "fused_experts",
         "Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
         f"str activation, {_ACTIVATION}, Tensor? expert_map, SymInt first_expert, "
@@ -401,210 +397,21 @@ _OPS = [
         "Tensor? x_scale, Tensor? inter_scale",
         1, _fused_experts_outputs, _fused_experts,
     ),
-    _Op(
+    Op(
         "quantize",
         "Tensor x, str format, Tensor? global_scale, Tensor? scale, Tensor? expert_offsets, "
         "Tensor? scale_offsets, Tensor? row_counts, Tensor? row_token, Tensor? slot_row, str? activation, "
         f"{_ACTIVATION}, int multiple",
         2, _quantize_outputs, _quantize,
     ),
-    _Op(
+    Op(
         "dequantize",
         "Tensor data, Tensor scales, str format, str dtype, SymInt? hidden, Tensor? global_scale, "
         "Tensor? expert_offsets, Tensor? scale_offsets, Tensor? row_counts",
         1, _dequantize_outputs, _dequantize,
     ),
-    _Op(
+    Op(
         "global_scale", "Tensor x, Tensor? expert_offsets, Tensor? row_counts, bool per_expert",
         1, _global_scale_outputs, _global_scale,
     ),
 ]  # fmt: skip
-
-
-def _refuse_grad(name: str, below: Callable[..., Any]) -> Callable[..., Any]:
-    """The Autograd kernel of an op: raises where a gradient would silently vanish."""
-
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(
-                f"{name}: an input requires grad, and moecore ops have no gradient. Call them under "
-                "torch.no_grad() or torch.inference_mode(), or detach() the input."
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return below(*args)
-
-    return kernel
-
-
-def _register(op: _Op) -> None:
-    letters = "abcdefghi"[: op.num_outputs]
-    returns = "Tensor" if op.num_outputs == 1 else f"({', '.join(['Tensor'] * op.num_outputs)})"
-    mutated = ", ".join(f"Tensor({letter}!) out{i}" for i, letter in enumerate(letters))
-    _LIBRARY.define(f"{op.name}({op.parameters}) -> {returns}")
-    _LIBRARY.define(f"{op.name}_out({op.parameters}, {mutated}) -> ()")
-
-    def functional(*args: Any) -> Any:
-        outputs = op.outputs(*args)
-        op.run(outputs, *args)
-        return outputs[0] if op.num_outputs == 1 else outputs
-
-    def fake(*args: Any) -> Any:
-        outputs = op.outputs(*args)
-        return outputs[0] if op.num_outputs == 1 else outputs
-
-    def in_place(*args: Any) -> None:
-        op.run(args[-op.num_outputs :], *args[: -op.num_outputs])
-
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(op.name, functional, key)
-        _LIBRARY.impl(f"{op.name}_out", in_place, key)
-    namespace = torch.ops.moecore
-    for name in (op.name, f"{op.name}_out"):
-        _LIBRARY.impl(name, _refuse_grad(op.name, getattr(namespace, name).default), "Autograd")
-    torch.library.register_fake(f"moecore::{op.name}", fake, lib=_LIBRARY)
-    torch.library.register_fake(f"moecore::{op.name}_out", lambda *args: None, lib=_LIBRARY)
-
-
-for _op in _OPS:
-    _register(_op)
-
-
-def _call(name: str, out: Any, *args: Any) -> Any:
-    """The functional op, or the `_out` op and the caller's tensors."""
-    if out is None:
-        return getattr(torch.ops.moecore, name)(*args)
-    getattr(torch.ops.moecore, f"{name}_out")(*args, *(out if isinstance(out, tuple) else (out,)))
-    return out
-
-
-def route(logits: Any, top_k: int, *rest: Any) -> Any:
-    """moecore.route() in a traced program."""
-    *arguments, out = rest
-    return _call("route", out, logits, top_k, *arguments)
-
-
-def plan(
-    ids: Any, num_experts: int, expert_map: Any, first_expert: int, scale_alignment: int, problem_sizes: Any,
-    gated: bool, swap_ab: bool, out: Any,
-) -> Any:  # fmt: skip
-    """moecore.plan() in a traced program."""
-    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
-    if out is not None:
-        out = tuple(out)
-        if any(tensor is None for tensor in out):
-            raise ValueError("plan: out has no problem_sizes tensors, expected all seven under torch.compile")
-    result = _call(
-        "plan", out, ids, num_experts, expert_map, first_expert, scale_alignment, hidden, inter, gated,
-        swap_ab,
-    )  # fmt: skip
-    return Plan(*result) if problem_sizes is not None else Plan(*result[:5])
-
-
-def route_plan(
-    logits: Any, top_k: int, num_experts: int | None, scoring: Any, bias: Any, num_groups: int,
-    topk_groups: int, group_score: Any, renormalize: bool, scale: float, is_padding: Any, expert_map: Any,
-    first_expert: int, scale_alignment: int, problem_sizes: Any, gated: bool, swap_ab: bool, out: Any,
-) -> Any:  # fmt: skip
-    """moecore.route_plan() in a traced program."""
-    hidden, inter = problem_sizes if problem_sizes is not None else (0, 0)
-    if out is not None:
-        out = (out[0], out[1], *out[2])
-        if any(tensor is None for tensor in out):
-            raise ValueError("route_plan: out has no problem_sizes tensors, expected all under torch.compile")
-    experts = logits.shape[1] if num_experts is None else num_experts
-    result = _call(
-        "route_plan", out, logits, top_k, experts, scoring, bias, num_groups, topk_groups, group_score,
-        renormalize, scale, is_padding, expert_map, first_expert, hidden, inter, scale_alignment, gated,
-        swap_ab,
-    )  # fmt: skip
-    plan = Plan(*result[2:]) if problem_sizes is not None else Plan(*result[2:7])
-    return result[0], result[1], plan
-
-
-def permute(x: Any, scales: Any, row_token: Any, slot_row: Any, expert_offsets: Any, out: Any) -> Any:
-    """moecore.permute() in a traced program."""
-    if scales is not None:
-        return _call("permute_scales", out, x, scales, row_token, slot_row, expert_offsets)
-    return _call("permute", out, x, row_token, slot_row, expert_offsets)
-
-
-def shuffle_rows(x: Any, scales: Any, map: Any, out: Any) -> Any:
-    """moecore.shuffle_rows() in a traced program."""
-    if scales is not None:
-        return _call("shuffle_rows_scales", out, x, scales, map)
-    return _call("shuffle_rows", out, x, map)
-
-
-def activate(x: Any, *rest: Any) -> Any:
-    """moecore.activate() in a traced program."""
-    *arguments, out = rest
-    return _call("activate", out, x, *arguments)
-
-
-def grouped_gemm(
-    x: Any, weights: Any, expert_offsets: Any, bias: Any, row_token: Any, activation: Any, order: Any,
-    alpha: Any, beta: Any, limit: Any, row_weights: Any, x_format: Any, x_scales: Any, x_global_scale: Any,
-    weight_format: Any, weight_scales: Any, weight_global_scale: Any, out_dtype: Any, out: Any,
-) -> Any:  # fmt: skip
-    """moecore.grouped_gemm() in a traced program."""
-    return _call(
-        "grouped_gemm", out, x, weights, expert_offsets, bias, row_token, activation, order, alpha, beta,
-        limit, row_weights, _format_name(x_format), x_scales, x_global_scale, _format_name(weight_format),
-        weight_scales, weight_global_scale, out_dtype,
-    )  # fmt: skip
-
-
-def finalize(rows: Any, *rest: Any) -> Any:
-    """moecore.finalize() in a traced program."""
-    *arguments, out = rest
-    return _call("finalize", out, rows, *arguments)
-
-
-def finalize_quantize(rows: Any, *rest: Any) -> Any:
-    """moecore.finalize_quantize() in a traced program."""
-    *arguments, out = rest
-    return _call("finalize_quantize", out, rows, *arguments)
-
-
-def fused_experts(
-    x: Any, weights: Any, ids: Any, experts: Experts[Any], expert_map: Any, first_expert: int,
-    apply_router_weight_on_input: bool, residual: Any, x_format: Any, x_scale: Any, inter_scale: Any,
-    out: Any,
-) -> Any:  # fmt: skip
-    """moecore.fused_experts() in a traced program."""
-    return _call(
-        "fused_experts", out, x, weights, ids, experts.w13, experts.w2, experts.w13_bias, experts.w2_bias,
-        experts.activation, experts.order, experts.alpha, experts.beta, experts.limit, expert_map,
-        first_expert, apply_router_weight_on_input, residual, _format_name(experts.weight_format),
-        experts.w13_scales, experts.w2_scales, experts.w13_global_scale, experts.w2_global_scale,
-        _format_name(x_format), x_scale, inter_scale,
-    )  # fmt: skip
-
-
-def quantize(
-    x: Any, format: Any, global_scale: Any, scale: Any, plan: Plan | None, expert_offsets: Any,
-    scale_offsets: Any, row_counts: Any, activation: Any, order: Any, alpha: Any, beta: Any, limit: Any,
-    multiple: int, out: Any,
-) -> Any:  # fmt: skip
-    """moecore.quantize() in a traced program."""
-    row_token, slot_row = None, None
-    if plan is not None:
-        expert_offsets, scale_offsets = plan.expert_offsets, plan.scale_offsets
-        row_token, slot_row = plan.row_token, plan.slot_row
-    return _call(
-        "quantize", None if out is None else tuple(out), x, _format_name(format), global_scale,
-        scale if out is None else None, expert_offsets, scale_offsets, row_counts, row_token, slot_row,
-        activation, order, alpha, beta, limit, multiple,
-    )  # fmt: skip
-
-
-def dequantize(data: Any, scales: Any, format: Any, *rest: Any) -> Any:
-    """moecore.dequantize() in a traced program."""
-    *arguments, out = rest
-    return _call("dequantize", out, data, scales, _format_name(format), *arguments)
-
-
-def global_scale(x: Any, *rest: Any) -> Any:
-    """moecore.global_scale() in a traced program."""
-    *arguments, out = rest
-    return _call("global_scale", out, x, *arguments)
