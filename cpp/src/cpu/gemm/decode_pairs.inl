@@ -198,27 +198,42 @@ struct PairPanel {
   }
 };
 
+// Columns [column, column + n) of a row of x, arranged; n is a step or what is left of the row.
+template <class D>
+MOECORE_INLINE void arranged_x(const Product& p, const D& decoder, const std::byte* row, std::int64_t column,
+                               std::int64_t n, __m512i (&out)[kStepVectors]) {
+  alignas(64) std::uint16_t in_order[kDecodeStep] = {};
+  if (p.x_codes) {
+    const bool e2m1 = p.x_codes->e2m1;
+    const auto* codes = reinterpret_cast<const std::uint8_t*>(row) + (e2m1 ? column / 2 : column);
+    if (e2m1 == D::kE2m1) {  // comes out of the decoder as its own weights do
+      std::uint8_t padded[kDecodeStep] = {};
+      if (n < kDecodeStep) {
+        std::memcpy(padded, codes, static_cast<std::size_t>(e2m1 ? n / 2 : n));
+        codes = padded;
+      }
+      return decoder.decode(codes, out);
+    }
+    const float one = 1;
+    kernels().dequantize_decode(DType::kBF16, e2m1, codes, n, kDecodeStep, &one, in_order);
+  } else {
+    std::memcpy(in_order, row + column * 2, static_cast<std::size_t>(n) * 2);
+  }
+  __m512i in[kStepVectors];
+  for (int v = 0; v < kStepVectors; ++v) in[v] = _mm512_load_si512(in_order + 32 * v);
+  D::arrange(in, out);
+}
+
 template <class D>
 void pack_pairs(const Product& p, int row0, int rows, std::int64_t first, std::int64_t depth, __m512i* x,
                 Vec* scales) {
+  const D decoder{};
   for (std::int64_t k = 0; k < depth; k += kDecodeStep, x += kStepVectors * rows, scales += rows)
     for (int i = 0; i < rows; ++i) {
-      alignas(64) std::uint16_t in_order[kDecodeStep] = {};
-      const std::byte* row = p.x[row0 + i];
       const std::int64_t n = std::min<std::int64_t>(kDecodeStep, depth - k), column = first + k;
-      if (p.x_codes) {
-        const bool e2m1 = p.x_codes->e2m1;
-        const float one = 1;
-        kernels().dequantize_decode(DType::kBF16, e2m1,
-                                    reinterpret_cast<const std::uint8_t*>(row) + (e2m1 ? column / 2 : column),
-                                    n, kDecodeStep, &one, in_order);
-      } else {
-        std::memcpy(in_order, row + column * 2, static_cast<std::size_t>(n) * 2);
-      }
-      __m512i in[kStepVectors], out[kStepVectors];
-      for (int v = 0; v < kStepVectors; ++v) in[v] = _mm512_load_si512(in_order + 32 * v);
-      D::arrange(in, out);
-      for (int v = 0; v < kStepVectors; ++v) x[v * rows + i] = out[v];
+      __m512i arranged[kStepVectors];
+      arranged_x(p, decoder, p.x[row0 + i], column, n, arranged);
+      for (int v = 0; v < kStepVectors; ++v) x[v * rows + i] = arranged[v];
       if (p.x_codes && p.x_codes->block > 0) {
         const int block = p.x_codes->block;
         float of_block[W] = {}, lanes[W];

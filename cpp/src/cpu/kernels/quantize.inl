@@ -4,9 +4,9 @@
 struct Minifloat {
   int mantissa, least;     // bits; exponent of the smallest normal
   int code_bits, largest;  // without the sign; the largest code
-  float value;             // of the largest
+  int value;               // of the largest
 };
-inline constexpr Minifloat kE4m3{3, -6, 7, 0x7E, 448.0f}, kE2m1{1, 0, 3, 7, 6.0f};
+inline constexpr Minifloat kE4m3{3, -6, 7, 0x7E, 448}, kE2m1{1, 0, 3, 7, 6};
 
 /// The power of two of a magnitude's leading one, at least that of the smallest normal.
 template <Minifloat f>
@@ -43,7 +43,7 @@ MOECORE_INLINE Vec rounded(Vec a) {
 template <Minifloat f>
 MOECORE_INLINE Ints encode(Vec y) {
   constexpr int kMask = (1 << f.code_bits) - 1;
-  const Ints steps = count_steps<f>(min(abs(y), set(f.value)));
+  const Ints steps = count_steps<f>(min(abs(y), set(static_cast<float>(f.value))));
   const Ints code = (steps + shift_right<23 - f.mantissa>(steps)) & set_int(kMask);
   const Ints sign = shift_right<31 - f.code_bits>(as_ints(y)) & set_int(kMask + 1);
   return as_ints(select(y >= y, as_floats(code | sign), as_floats(set_int(kMask))));
