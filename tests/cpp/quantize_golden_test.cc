@@ -199,6 +199,35 @@ TEST_P(QuantizeGolden, EveryValue) {
   }
 }
 
+// A call whose rows no cache holds stores its codes in another way than one that does.
+TEST_P(QuantizeGolden, MoreThanTheCacheHolds) {
+  const std::int64_t few = 131, rows = 16384, cols = 2040, padded = 2048;
+  const Bytes some = random_values(31, DType::kBF16, few, cols).bytes;
+  Bytes all;
+  while (std::ssize(all) < rows * cols * 2) all.insert(all.end(), some.begin(), some.end());
+  all.resize(static_cast<std::size_t>(rows * cols * 2));
+  const Place place{.name = "apart", .row_padding = 6, .byte_offset = 1};
+  for (const QuantFormat& f : {QuantFormat::fp8_token(), QuantFormat::nvfp4(ScaleLayout::kLinear)}) {
+    auto run = [&](const Bytes& x, std::int64_t n) {
+      Tensor input(device(), DType::kBF16, {n, cols});
+      input.set_bytes(x);
+      Outputs out(device(), f, n, padded, RowMap::dense(f, n), place);
+      quantize(input.read_only(), out.data, out.scales, f, {}, Call(device()));
+      EXPECT_TRUE(out.data.surroundings_intact());
+      return std::pair(out.data.get_bytes(), out.scales.get_bytes());
+    };
+    auto repeated = [&](const Bytes& part, std::size_t size) {
+      Bytes bytes(size);
+      for (std::size_t i = 0; i < size; ++i) bytes[i] = part[i % part.size()];
+      return bytes;
+    };
+    const auto [data, scales] = run(all, rows);
+    const auto [few_data, few_scales] = run(some, few);
+    EXPECT_TRUE(same_bytes(data, repeated(few_data, data.size())));
+    EXPECT_TRUE(same_bytes(scales, repeated(few_scales, scales.size())));
+  }
+}
+
 TEST_P(QuantizeGolden, ConvertScales) {
   using enum ScaleLayout;
   constexpr ScaleLayout kLayouts[] = {kLinear, kSwizzled128x4, kSwizzled8x4, kColumnMajor};

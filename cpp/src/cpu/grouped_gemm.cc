@@ -50,7 +50,7 @@ float row_factor(const OperandScalesRef& s, std::int64_t e, std::int64_t row) {
   return s.global_scale ? 1 / s.global_scale[s.global_scale_per_expert ? e : 0] : factor;
 }
 
-const gemm::Kernel& kernel_for(DType dtype) {
+const gemm::KernelTable& kernel_table() {
   static const gemm::KernelTable& table = []() -> const gemm::KernelTable& {
 #if defined(__x86_64__)
     switch (active_isa()) {
@@ -68,6 +68,11 @@ const gemm::Kernel& kernel_for(DType dtype) {
 #endif
     return gemm::baseline_kernels();
   }();
+  return table;
+}
+
+const gemm::Kernel& kernel_for(DType dtype) {
+  const gemm::KernelTable& table = kernel_table();
   return dtype == DType::kF32 ? table.f32 : dtype == DType::kF16 ? table.f16 : table.bf16;
 }
 
@@ -76,8 +81,9 @@ gemm::Kernel kernel_for(const GroupedGemmProblem& p) {
   gemm::Kernel kernel = kernel_for(p.dtype);
   if (p.weight_scales.form == OperandForm::kFloat) return kernel;
   const bool coded_x = p.x_scales.form != OperandForm::kFloat;
-  kernel.name = "codes as f32 dot products";
-  kernel.product = kernel_for(coded_x ? DType::kF32 : p.dtype).decoded_product;
+  const gemm::DecodedProduct& decoded = coded_x ? kernel_table().coded_x : kernel.decoded;
+  kernel.name = decoded.name;
+  kernel.product = decoded.product;
   kernel.max_rows = gemm::kBlockRows;
   kernel.max_cols = gemm::kBlockCols;
   return kernel;

@@ -38,7 +38,8 @@ Isa detect() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return Isa::kAvx2;
-  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  // VBMI has every CPU with AVX512-BF16 but the first.
+  if (!(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))) return Isa::kAvx512;
   return cpu_has_amx_bf16() && request_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 #else
   return Isa::kBaseline;

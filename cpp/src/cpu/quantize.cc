@@ -3,6 +3,10 @@
 // A row is worked on in pieces of kPiece columns, which stay in the L1 cache: largest magnitude of each
 // block, scales and factors, codes. The three steps are the kernels of kernels/quantize.inl; where a row's
 // codes and scales go is decided here.
+//
+// Reading a piece from memory and encoding it would take turns, each waiting for the other's resource: so
+// what is read next is prefetched line by line while a piece is encoded. Codes of a call whose rows pass
+// through the last cache anyway are stored past it.
 
 #include "ops/quantize.h"
 
@@ -14,6 +18,7 @@
 #include "core/numeric.h"
 #include "cpu/explain.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/stream.h"
 #include "cpu/thread_pool.h"
 
 namespace moecore::cpu {
@@ -128,42 +133,79 @@ struct PieceScales {
   alignas(64) float floats[kPieceBlocks];
   alignas(64) std::uint8_t bytes[kPieceBlocks + kSlack];
 
-  void compute(const QuantFormat& f, std::int64_t blocks, float global) {
-    if (f.kind == QuantKind::kNvfp4) {
-      std::fill(amax + blocks, amax + round_up(blocks, kSlack), 0.0f);
-      return kernels().nvfp4_scales(amax, blocks, global, bytes, factor);
-    }
-    if (f.kind != QuantKind::kFp8 || f.power_of_two) {
-      const numeric::PowerOfTwoRule rule = power_of_two_rule(f);
-      if (f.kind == QuantKind::kFp8)
-        for (std::int64_t b = 0; b < blocks; ++b) amax[b] = clamp_amax(f, amax[b]);
+  /// Whether products of elements and factors are bounded as quantize_encode wants it, given that the
+  /// elements are all finite.
+  bool compute(const QuantFormat& f, std::int64_t blocks, float global) {
+    std::fill(amax + blocks, amax + round_up(blocks, kSlack), 0.0f);
+    if (f.kind == QuantKind::kNvfp4) return kernels().nvfp4_scales(amax, blocks, global, bytes, factor);
+    bool bounded = true;
+    if (f.kind == QuantKind::kFp8)
       for (std::int64_t b = 0; b < blocks; ++b) {
-        bytes[b] = numeric::power_of_two_scale(amax[b], rule);
-        factor[b] = numeric::power_of_two_reciprocal(bytes[b]);
+        bounded = bounded && amax[b] <= f.amax_cap;
+        amax[b] = clamp_amax(f, amax[b]);
       }
+    if (f.kind != QuantKind::kFp8 || f.power_of_two) {
+      kernels().power_of_two_scales(amax, blocks, power_of_two_rule(f), bytes, factor);
       if (f.scale_dtype() == DType::kF32)
         for (std::int64_t b = 0; b < blocks; ++b) floats[b] = numeric::e8m0_to_f32(bytes[b]);
-      return;
+    } else {
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        floats[b] = amax[b] / 448.0f;
+        factor[b] = reciprocal(floats[b]);
+      }
     }
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      floats[b] = clamp_amax(f, amax[b]) / 448.0f;
-      factor[b] = reciprocal(floats[b]);
-    }
+    return bounded;
   }
 };
 
-/// Writes blocks [col, col + n) of one row's scales; `n` reaches up to the padding of the last word.
-void store_scales(const ScaleRef& s, const Place& place, std::int64_t col, std::int64_t n,
-                  const PieceScales& from) {
-  auto at = [&](std::int64_t c) { return s.data + scale_byte(s, place.scale_base, place.scale_row, c); };
-  if (s.bytes == 4) {
-    for (std::int64_t c = 0; c < n; ++c) std::memcpy(at(col + c), &from.floats[c], 4);
-  } else if (s.layout == ScaleLayout::kLinear) {
-    std::memcpy(at(col), from.bytes, static_cast<std::size_t>(n));
-  } else {
-    for (std::int64_t c = 0; c < n; c += kScaleWord) std::memcpy(at(col + c), from.bytes + c, kScaleWord);
+/// Writes the scales of rows where they belong. Swizzled and column-major scales stand in words at a distance
+/// that is often a power of two, on lines that neighbouring rows share and that L1 cannot keep from one row
+/// to the next: words of a few rows are written together.
+class ScaleWriter {
+ public:
+  explicit ScaleWriter(const ScaleRef& scales) : s_(scales) {}
+  ~ScaleWriter() { flush(); }
+
+  /// Blocks [col, col + n) of one row; `n` reaches up to the padding of the last word.
+  void write(const Place& place, std::int64_t col, std::int64_t n, const PieceScales& from) {
+    auto at = [&](std::int64_t c) { return s_.data + scale_byte(s_, place.scale_base, place.scale_row, c); };
+    const bool floats = s_.bytes == 4;
+    const void* scales = floats ? static_cast<const void*>(from.floats) : from.bytes;
+    if (s_.layout == ScaleLayout::kLinear) {
+      std::memcpy(at(col), scales, static_cast<std::size_t>(n * s_.bytes));
+      return;
+    }
+    if (count_ == kRows) flush();
+    Row& row = rows_[count_++];
+    row.to = at(col);
+    row.step = at(col + (floats ? 1 : kScaleWord)) - row.to;
+    row.words = floats ? n : (n + kScaleWord - 1) / kScaleWord;
+    std::memcpy(row.scales, scales, static_cast<std::size_t>(row.words * 4));
   }
-}
+
+ private:
+  static constexpr int kRows = 8;
+  struct Row {
+    std::byte* to;
+    std::int64_t step, words;
+    std::byte scales[kPieceBlocks];
+  };
+  static_assert(kPiece / 128 * sizeof(float) <= kPieceBlocks);
+
+  void flush() {
+    std::int64_t words = 0;
+    for (int r = 0; r < count_; ++r) words = std::max(words, rows_[r].words);
+    for (std::int64_t w = 0; w < words; ++w)
+      for (int r = 0; r < count_; ++r)
+        if (const Row& row = rows_[r]; w < row.words)
+          std::memcpy(row.to + w * row.step, row.scales + w * 4, 4);
+    count_ = 0;
+  }
+
+  const ScaleRef& s_;
+  int count_ = 0;
+  Row rows_[kRows];
+};
 
 /// Zeroes the scales of rows [begin, end) of one swizzled block.
 void zero_scale_rows(const ScaleRef& s, std::int64_t base, std::int64_t begin, std::int64_t end) {
@@ -201,37 +243,36 @@ void zero_padding(const ScaleRef& s, const ExpertRowsRef& experts, std::int64_t 
 /// Quantises one source row and writes it to `count` rows of the output.
 class RowQuantizer {
  public:
-  /// `tensor_factor` and whether all rows are finite are for the fp8 tensor format alone.
-  RowQuantizer(const QuantizeProblem& p, float tensor_factor, bool finite) : p_(p), finite_(finite) {
-    scales_.factor[0] = tensor_factor;
+  /// `tensor_factor` is for the fp8 tensor format alone.
+  RowQuantizer(const QuantizeProblem& p, float tensor_factor) : p_(p) { scales_.factor[0] = tensor_factor; }
+  ~RowQuantizer() {
+    if (streams_) stream_fence();
   }
 
-  void run(std::int64_t source, const std::int32_t* targets, std::int64_t count) {
-    const std::int64_t block = p_.format.block();
-    const bool whole_row = block == 0;
-    if (p_.format.granularity == Granularity::kToken && whole_row) row_scale(source);
+  /// `next_source` is the row that comes after this one.
+  void run(std::int64_t source, std::int64_t next_source, const std::int32_t* targets, std::int64_t count) {
+    if (by_row_) row_scale(source);
     for (std::int64_t c = 0; c < p_.padded_cols; c += kPiece) {
       const std::int64_t padded = std::min(kPiece, p_.padded_cols - c);
       const std::int64_t n = std::clamp<std::int64_t>(p_.cols - c, 0, padded);
       const void* x = n > 0 ? source_piece(p_, source, c, n, buffer_) : nullptr;
-      std::uint8_t* codes = data(targets[0], c);
-      if (whole_row) {
-        kernels().quantize_encode(p_.dtype, false, finite_, x, n, kPiece, scales_.factor, codes);
-      } else {
-        block_scales(x, n, padded, block, targets[0]);
-        kernels().quantize_encode(p_.dtype, e2m1_, finite_, x, n, block, scales_.factor, codes);
-      }
+      if (block_ > 0)
+        block_scales(x, n, padded, targets[0]);
+      else if (!by_row_ && n > 0)
+        bounded_ = tensor_is_bounded(x, n);
+      std::uint8_t* codes = streams_ ? codes_ : data(targets[0], c);
+      kernels().quantize_encode(p_.dtype, e2m1_, bounded_, x, n, block_ > 0 ? block_ : kPiece, scales_.factor,
+                                p_.activation ? x : next_piece(source, next_source, c), codes);
       const std::size_t used = static_cast<std::size_t>(code_bytes(n)),
                         all = static_cast<std::size_t>(code_bytes(padded));
       std::memset(codes + used, 0, all - used);
       for (std::int64_t j = 0; j < count; ++j) {
-        if (j > 0) std::memcpy(data(targets[j], c), codes, all);
-        if (!whole_row)
-          store_scales(p_.scales, place(targets[j]), c / block, stored_blocks(c, padded, block), scales_);
+        store_codes(codes, data(targets[j], c), all);
+        if (block_ > 0) writer_.write(place(targets[j]), c / block_, stored_blocks(c, padded), scales_);
       }
     }
-    if (whole_row && p_.format.granularity == Granularity::kToken)
-      for (std::int64_t j = 0; j < count; ++j) store_scales(p_.scales, place(targets[j]), 0, 1, scales_);
+    if (by_row_)
+      for (std::int64_t j = 0; j < count; ++j) writer_.write(place(targets[j]), 0, 1, scales_);
   }
 
  private:
@@ -241,39 +282,64 @@ class RowQuantizer {
   std::int64_t code_bytes(std::int64_t n) const { return e2m1_ ? (n + 1) / 2 : n; }
   Place place(std::int64_t row) const { return place_of(p_.experts, p_.scales.layout, row); }
 
+  void store_codes(const std::uint8_t* codes, std::uint8_t* to, std::size_t bytes) const {
+    if (streams_)
+      stream_copy(reinterpret_cast<std::byte*>(to), reinterpret_cast<const std::byte*>(codes), bytes);
+    else if (to != codes)
+      std::memcpy(to, codes, bytes);
+  }
+
+  /// What is read after piece c of a row: the piece behind it, or the same one of the next row where all
+  /// pieces have been read for the row's scale.
+  const void* next_piece(std::int64_t row, std::int64_t next_row, std::int64_t c) const {
+    if (by_row_)
+      row = next_row;
+    else if ((c += kPiece) >= p_.cols)
+      row = next_row, c = 0;
+    return static_cast<const std::byte*>(p_.x) + (row * p_.x_stride + c) * element_bytes(p_.dtype);
+  }
+
   void row_scale(std::int64_t source) {
     const Largest largest = largest_of_row(p_, source);
     scales_.amax[0] = largest.amax;
-    finite_ = largest.finite;
-    scales_.compute(p_.format, 1, 1.0f);
+    bounded_ = scales_.compute(p_.format, 1, 1.0f) && largest.finite;
   }
 
-  void block_scales(const void* x, std::int64_t n, std::int64_t padded, std::int64_t block,
-                    std::int64_t target) {
-    const std::int64_t blocks = (n + block - 1) / block,
-                       padded_blocks = round_up((padded + block - 1) / block, kScaleWord);
+  bool tensor_is_bounded(const void* x, std::int64_t n) {
+    const float factor = scales_.factor[0];
+    return kernels().quantize_amax(p_.dtype, x, n, kPiece, scales_.amax) && factor > 0.0f &&
+           scales_.amax[0] * factor < 0x1p16f;
+  }
+
+  void block_scales(const void* x, std::int64_t n, std::int64_t padded, std::int64_t target) {
+    const std::int64_t blocks = (n + block_ - 1) / block_,
+                       padded_blocks = round_up((padded + block_ - 1) / block_, kScaleWord);
     float global = 1.0f;
     if (p_.global_scale) global = p_.global_scale[p_.global_scale_per_expert ? place(target).expert : 0];
-    // Within these bounds the factors of finite blocks are finite and positive.
-    const bool usual = global >= 0x1p-100f && global <= 0x1p100f;
-    finite_ = kernels().quantize_amax(p_.dtype, x, n, block, scales_.amax) && usual;
-    scales_.compute(p_.format, blocks, global);
+    const bool finite = kernels().quantize_amax(p_.dtype, x, n, block_, scales_.amax);
+    bounded_ = scales_.compute(p_.format, blocks, global) && finite;
     std::memset(scales_.bytes + blocks, 0, static_cast<std::size_t>(padded_blocks - blocks));
     std::fill(scales_.floats + blocks, scales_.floats + std::min(padded_blocks, kPieceBlocks), 0.0f);
   }
 
   /// Blocks whose scales are stored for a piece: with layouts of words, up to the end of the last word.
-  std::int64_t stored_blocks(std::int64_t column, std::int64_t padded, std::int64_t block) const {
-    const std::int64_t blocks = (padded + block - 1) / block;
+  std::int64_t stored_blocks(std::int64_t column, std::int64_t padded) const {
+    const std::int64_t blocks = (padded + block_ - 1) / block_;
     const bool words = p_.scales.bytes == 1 && p_.scales.layout != ScaleLayout::kLinear;
     return words && column + padded == p_.padded_cols ? round_up(blocks, kScaleWord) : blocks;
   }
 
   const QuantizeProblem& p_;
   const bool e2m1_ = p_.format.data_dtype() == DType::kE2M1;
-  bool finite_;  // no NaN in what is encoded next, nor in its factors
+  const std::int64_t block_ = p_.format.block();  // 0: the row or the tensor
+  const bool by_row_ = block_ == 0 && p_.format.granularity == Granularity::kToken;
+  const bool streams_ =
+      outgrows_cache(p_.rows * p_.cols * element_bytes(p_.dtype) + p_.out_rows * p_.data_pitch);
+  bool bounded_ = false;  // see quantize_encode
   PieceScales scales_;
+  ScaleWriter writer_{p_.scales};
   alignas(64) std::byte buffer_[kPiece * sizeof(float)];
+  alignas(64) std::uint8_t codes_[kPiece];
 };
 
 /// Over the rows for which `of_row` is called, on all threads.
@@ -290,26 +356,20 @@ Largest largest_of_rows(const ExecContext& ctx, std::int64_t rows, std::int64_t 
 }
 
 /// The factor of the fp8 tensor format, 0 for the others. A dynamic scale is found and stored first.
-struct TensorFactor {
-  float factor = 0.0f;
-  bool finite = false;
-
-  TensorFactor(const QuantizeProblem& p, std::int64_t rows, std::int64_t grain, const ExecContext& ctx) {
-    if (p.format.kind != QuantKind::kFp8 || p.format.granularity != Granularity::kTensor) return;
-    float scale;
-    if (p.format.static_scale) {
-      std::memcpy(&scale, p.scales.data, sizeof scale);
-    } else {
-      const Largest largest = largest_of_rows(ctx, rows, grain, [&](std::int64_t r) {
-        return row_is_live(p.experts, r) ? largest_of_row(p, r) : Largest{};
-      });
-      finite = largest.finite;
-      scale = clamp_amax(p.format, largest.amax) / 448.0f;
-      std::memcpy(p.scales.data, &scale, sizeof scale);
-    }
-    factor = reciprocal(scale);
+float tensor_factor(const QuantizeProblem& p, std::int64_t rows, std::int64_t grain, const ExecContext& ctx) {
+  if (p.format.kind != QuantKind::kFp8 || p.format.granularity != Granularity::kTensor) return 0.0f;
+  float scale;
+  if (p.format.static_scale) {
+    std::memcpy(&scale, p.scales.data, sizeof scale);
+  } else {
+    const float amax = largest_of_rows(ctx, rows, grain, [&](std::int64_t r) {
+                         return row_is_live(p.experts, r) ? largest_of_row(p, r) : Largest{};
+                       }).amax;
+    scale = clamp_amax(p.format, amax) / 448.0f;
+    std::memcpy(p.scales.data, &scale, sizeof scale);
   }
-};
+  return reciprocal(scale);
+}
 
 }  // namespace
 
@@ -324,9 +384,9 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
               threads_for(ctx, (by_token ? p.rows : p.out_rows) / grain)))
     return;
   const std::int64_t live_rows = rows_bound(p.experts, p.out_rows);
-  const TensorFactor tensor(p, live_rows, grain, ctx);
+  const float factor = tensor_factor(p, live_rows, grain, ctx);
   parallel_chunks(ctx, by_token ? p.rows : live_rows, grain, [&](std::int64_t begin, std::int64_t end) {
-    RowQuantizer quantizer(p, tensor.factor, tensor.finite);
+    RowQuantizer quantizer(p, factor);
     for (std::int64_t r = begin; r < end; ++r) {
       if (by_token) {
         // The token's live slots, a few at a time.
@@ -337,11 +397,15 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
           const std::int32_t* last =
               std::copy_if(slots, slots + std::min(kSlots, p.top_k - j), targets,
                            [&](std::int32_t slot) { return slot >= 0 && slot < live_rows; });
-          if (last > targets) quantizer.run(r, targets, last - targets);
+          if (last > targets) quantizer.run(r, std::min(r + 1, end - 1), targets, last - targets);
         }
       } else if (row_is_live(p.experts, r)) {
         const auto target = static_cast<std::int32_t>(r);
-        quantizer.run(p.row_token ? p.row_token[r] : r, &target, 1);
+        const std::int64_t next = std::min(r + 1, end - 1);
+        if (p.row_token)
+          quantizer.run(p.row_token[r], p.row_token[next], &target, 1);
+        else
+          quantizer.run(r, next, &target, 1);
       }
     }
   });

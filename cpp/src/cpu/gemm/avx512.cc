@@ -41,8 +41,11 @@ constexpr int tile_cols(int rows) {
 #include "cpu/gemm/finish.inl"
 
 template <class T>
+constexpr DecodedProduct kDecoded = {"codes as f32 dot products", dot_product<Decoded<T, 8>>};
+
+template <class T>
 constexpr Kernel make_kernel(const char* name) {
-  return {name, dot_product<Widened<T, 8>>, dot_product<Decoded<T, 8>>, finish<T>, widen_elements<T>};
+  return {name, dot_product<Widened<T, 8>>, kDecoded<T>, finish<T>, widen_elements<T>};
 }
 
 }  // namespace
@@ -53,7 +56,8 @@ const KernelTable& avx512_kernels() {
   static constexpr KernelTable kTable = {
       .f32 = avx512::make_kernel<float>("f32 dot products"),
       .f16 = avx512::make_kernel<F16>("f16 dot products widened to f32"),
-      .bf16 = avx512::make_kernel<BF16>("bf16 dot products widened to f32")};
+      .bf16 = avx512::make_kernel<BF16>("bf16 dot products widened to f32"),
+      .coded_x = avx512::kDecoded<float>};
   return kTable;
 }
 

@@ -1,11 +1,13 @@
-// The grouped GEMM's kernels for AVX512-BF16: bf16 pairs along K are multiplied as they lie in memory. The
-// instruction takes denormals as zero. f32 and f16 are those of AVX-512.
+// The grouped GEMM's kernels for AVX512-BF16 and VBMI: bf16 pairs along K are multiplied as they lie in
+// memory, and so are codes, of which bf16 holds every value. The instruction takes denormals as zero. f32 and
+// f16 are those of AVX-512.
 
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -16,7 +18,7 @@
 #include "cpu/simd/types.h"
 
 namespace moecore::cpu::gemm {
-MOECORE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+MOECORE_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")
 namespace avx512_bf16 {
 namespace {
 
@@ -52,6 +54,8 @@ struct Pairs : Widened<BF16, 8> {
   }
 };
 
+#include "cpu/gemm/decode_pairs.inl"
+
 }  // namespace
 }  // namespace avx512_bf16
 MOECORE_TARGET_END
@@ -61,6 +65,7 @@ const KernelTable& avx512_bf16_kernels() {
     KernelTable t = avx512_kernels();
     t.bf16.name = "bf16 dot products";
     t.bf16.product = avx512_bf16::dot_product<avx512_bf16::Pairs>;
+    t.bf16.decoded = t.coded_x = {"codes as bf16 dot products", avx512_bf16::pairs_product};
     return t;
   }();
   return table;

@@ -38,8 +38,11 @@ constexpr int tile_cols(int rows) {
 #include "cpu/gemm/finish.inl"
 
 template <class T>
+constexpr DecodedProduct kDecoded = {"codes as f32 dot products", dot_product<Decoded<T, 4>>};
+
+template <class T>
 constexpr Kernel make_kernel(const char* name) {
-  return {name, dot_product<Widened<T, 4>>, dot_product<Decoded<T, 4>>, finish<T>, widen_elements<T>};
+  return {name, dot_product<Widened<T, 4>>, kDecoded<T>, finish<T>, widen_elements<T>};
 }
 
 }  // namespace
@@ -49,7 +52,8 @@ const KernelTable& baseline_kernels() {
   static constexpr KernelTable kTable = {
       .f32 = baseline::make_kernel<float>("f32 dot products"),
       .f16 = baseline::make_kernel<F16>("f16 dot products widened to f32"),
-      .bf16 = baseline::make_kernel<BF16>("bf16 dot products widened to f32")};
+      .bf16 = baseline::make_kernel<BF16>("bf16 dot products widened to f32"),
+      .coded_x = baseline::kDecoded<float>};
   return kTable;
 }
 

@@ -75,12 +75,18 @@ struct Finish {
   std::int64_t out_pitch = 0;              // bytes
 };
 
+/// A product of operands that are codes.
+struct DecodedProduct {
+  const char* name = nullptr;
+  void (*product)(const Product&) = nullptr;
+};
+
 /// One element type on one instruction set.
 struct Kernel {
   const char* name = nullptr;
   void (*product)(const Product&) = nullptr;
-  /// The same for weights that are codes; f32's takes x as codes too.
-  void (*decoded_product)(const Product&) = nullptr;
+  /// The same for weights that are codes.
+  DecodedProduct decoded{};
   void (*finish)(const Finish&) = nullptr;
   /// dst[i] = src[i] in f32.
   void (*widen)(const std::byte* src, float* dst, std::int64_t n) = nullptr;
@@ -90,6 +96,7 @@ struct Kernel {
 
 struct KernelTable {
   Kernel f32, f16, bf16;
+  DecodedProduct coded_x{};  // x and weights are codes
 };
 
 const KernelTable& baseline_kernels();

@@ -133,7 +133,7 @@ inline void store_codes_of(const FinalizeProblem& p, std::int64_t t, std::int64_
       for (std::int64_t pad = p.num_tokens; pad < p.padded_scale_rows; ++pad)
         scales[pad * p.out_scales.row_stride] = 0.0f;
   }
-  quantize_encode(DType::kF32, false, false, sum, n, kFinalizeScaleBlock, &factor, out);
+  quantize_encode(DType::kF32, false, false, sum, n, kFinalizeScaleBlock, &factor, sum, out);
 }
 
 template <class Out>

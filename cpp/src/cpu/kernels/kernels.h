@@ -30,9 +30,11 @@ struct Kernels {
   void (*activate_floats)(const Activation&, const float* gate, const float* up, float* out, std::int64_t n);
   // The steps of quantize and dequantize on n columns in blocks of `block`: see kernels/quantize.inl.
   bool (*quantize_amax)(DType, const void* x, std::int64_t n, std::int64_t block, float* amax);
-  void (*quantize_encode)(DType, bool e2m1, bool finite, const void* x, std::int64_t n, std::int64_t block,
-                          const float* factor, std::uint8_t* out);
-  void (*nvfp4_scales)(const float* amax, std::int64_t n, float global, std::uint8_t* scale, float* factor);
+  void (*quantize_encode)(DType, bool e2m1, bool bounded, const void* x, std::int64_t n, std::int64_t block,
+                          const float* factor, const void* next, std::uint8_t* out);
+  bool (*nvfp4_scales)(const float* amax, std::int64_t n, float global, std::uint8_t* scale, float* factor);
+  void (*power_of_two_scales)(const float* amax, std::int64_t n, numeric::PowerOfTwoRule rule,
+                              std::uint8_t* scale, float* factor);
   void (*dequantize_decode)(DType, bool e2m1, const std::uint8_t* codes, std::int64_t n, std::int64_t block,
                             const float* scale, void* out);
   /// Reads `bytes` (a multiple of 1024) and returns a number that depends on all of them.

@@ -1,39 +1,52 @@
 // The vectorised steps of quantize and dequantize, on a piece of one row of up to kQuantizePiece columns.
 // They follow core/numeric.h bit for bit; what a step is for stands in moecore/quantize.h.
 
-inline constexpr int kE4m3Bias = 968;  // (121 - 1) * 8 + 8, what e4m3_biased() adds to a code
+struct Minifloat {
+  int mantissa, least;     // bits; exponent of the smallest normal
+  int code_bits, largest;  // without the sign; the largest code
+  int value;               // of the largest
+};
+inline constexpr Minifloat kE4m3{3, -6, 7, 0x7E, 448}, kE2m1{1, 0, 3, 7, 6};
 
-/// Code + kE4m3Bias of magnitudes: to nearest even, saturating; what a NaN gives is unspecified. The value
-/// that the code stands for goes to `value`.
-MOECORE_INLINE Ints e4m3_biased(Vec magnitude, Vec& value) {
-  const Vec a = min(magnitude, set(448.0f));
-  const Ints e = as_ints(max(as_floats(as_ints(a) & set_int(0x7F800000)), set(0x1p-6f)));
-  const Ints magic =
-      e + set_int(20 << 23);  // adding 2^(exponent + 20) leaves three bits behind the leading one
-  const Vec sum = a + as_floats(magic);
-  value = sum - as_floats(magic);
-  return as_ints(sum) - magic + shift_right<20>(e);
+/// The power of two of a magnitude's leading one, at least that of the smallest normal.
+template <Minifloat f>
+MOECORE_INLINE Vec leading_power(Vec a) {
+  return as_floats(max(as_ints(a) & set_int(0x7F800000), set_int((127 + f.least) << 23)));
 }
 
-/// e4m3 codes of any y: NaN = 0x7F.
-MOECORE_INLINE Ints encode_e4m3(Vec y, Vec& value) {
-  const Ints code = e4m3_biased(abs(y), value) - set_int(kE4m3Bias);
-  const Ints sign = shift_right<24>(as_ints(y)) & set_int(0x80);
-  return as_ints(select(y >= y, as_floats(code | sign), as_floats(set_int(0x7F))));
+/// Times a magnitude's leading power, this is what it is added to.
+template <Minifloat f>
+constexpr float count_from() {
+  constexpr int kShift = 23 - f.mantissa, kFirst = (127 + f.least + kShift) << f.mantissa;
+  return (1 << kShift) * (1 + (0x10000 - kFirst) * 0x1p-23f);
 }
 
-/// e2m1 codes of magnitudes: to nearest even, saturating, NaN = 7. See numeric::f32_to_e2m1.
-MOECORE_INLINE Ints e2m1_magnitude(Vec a) {
-  constexpr float kOne = 8388608.0f;
-  const Vec low = fma(a, set(2.0f), set(kOne)), mid = a + set(kOne + 2.0f);
-  const Vec high = fma(a, set(0.5f), set(kOne + 4.0f));
-  return as_ints(min(min(min(low, mid), high), set(kOne + 7.0f))) & set_int(7);
+/// Codes of magnitudes below 2^100, to nearest even and not yet saturated: modulo 2^16 a code is the low word
+/// of what comes out plus 2^(mantissa - 7) times the high one.
+///
+/// A magnitude of exponent e is added to 2^(e + 23 - mantissa), which leaves that many bits behind its
+/// leading one, and below the smallest normal no finer ones. Then the last bits count its steps, 2^mantissa
+/// to a power of two, and the exponent counts those powers. The count begins at -kFirst, so that the codes do
+/// at 0.
+template <Minifloat f>
+MOECORE_INLINE Ints count_steps(Vec a) {
+  return as_ints(add_product(leading_power<f>(a), set(count_from<f>()), a));
 }
 
-/// e2m1 codes of any y: NaN = 7, without its sign.
-MOECORE_INLINE Ints encode_e2m1(Vec y) {
-  const Ints sign = shift_right<28>(as_ints(y)) & set_int(8);
-  return as_ints(select(y >= y, as_floats(e2m1_magnitude(abs(y)) | sign), as_floats(set_int(7))));
+/// What the code of a magnitude stands for, where it does not saturate.
+template <Minifloat f>
+MOECORE_INLINE Vec rounded(Vec a) {
+  return add_product(leading_power<f>(a), set(-count_from<f>()), as_floats(count_steps<f>(a)));
+}
+
+/// Codes of any y: saturating, with signs, NaN = 0x7F or 7. See numeric::f32_to_e4m3 and _e2m1.
+template <Minifloat f>
+MOECORE_INLINE Ints encode(Vec y) {
+  constexpr int kMask = (1 << f.code_bits) - 1;
+  const Ints steps = count_steps<f>(min(abs(y), set(static_cast<float>(f.value))));
+  const Ints code = (steps + shift_right<23 - f.mantissa>(steps)) & set_int(kMask);
+  const Ints sign = shift_right<31 - f.code_bits>(as_ints(y)) & set_int(kMask + 1);
+  return as_ints(select(y >= y, as_floats(code | sign), as_floats(set_int(kMask))));
 }
 
 /// 0 .. 255 as floats: under the exponent of 2^23, less 2^23.
@@ -97,23 +110,10 @@ template <class T>
 bool amax_by_words(const T* x, std::int64_t n, std::int64_t block, float* amax) {
   constexpr std::uint16_t kInfinity = std::is_same_v<T, BF16> ? 0x7F80 : 0x7C00;
   T most[kQuantizeBlocks + 16] = {};
-  const std::int64_t full = n / block, words = block / 16;
-  auto full_blocks = [&](auto count) {
-    for (std::int64_t b = 0; b < full; ++b) most[b].bits = max_magnitude(&x[b * block].bits, count);
-  };
-  // Blocks of few words take no longer than their loads when there is no loop over them.
-  if (words == 1)
-    full_blocks(std::integral_constant<std::int64_t, 1>{});
-  else if (words == 2)
-    full_blocks(std::integral_constant<std::int64_t, 2>{});
-  else if (words == 8)
-    full_blocks(std::integral_constant<std::int64_t, 8>{});
-  else
-    full_blocks(words);
-  std::int64_t blocks = full;
-  if (full * block < n) {
-    const T* rest = x + full * block;
-    const std::int64_t left = n - full * block;
+  std::int64_t blocks = n / block;
+  block_maxima(&x->bits, blocks, block / 16, &most->bits);
+  if (const std::int64_t left = n - blocks * block; left > 0) {
+    const T* rest = x + blocks * block;
     std::uint16_t m = max_magnitude(&rest->bits, left / 16);
     for (std::int64_t i = left / 16 * 16; i < left; ++i) {
       const std::uint16_t a = rest[i].bits & 0x7FFF;
@@ -136,90 +136,114 @@ inline bool quantize_amax(DType dtype, const void* x, std::int64_t n, std::int64
   return finite;
 }
 
-template <bool e2m1>
+template <Minifloat f>
 MOECORE_INLINE void store_codes(std::uint8_t* out, std::int64_t i, Vec y) {
-  Vec unused;
-  if constexpr (e2m1)
-    store_nibbles(out + i / 2, encode_e2m1(y));
+  if constexpr (f.code_bits == 3)
+    store_nibbles(out + i / 2, encode<f>(y));
   else
-    store_bytes(out + i, encode_e4m3(y, unused));
+    store_bytes(out + i, encode<f>(y));
 }
 
-/// Columns from `i` (where a vector begins) to n, whatever they hold.
-template <bool e2m1, class T>
+/// Columns from `i` (where a vector begins) to n, whatever they and their factors are.
+template <Minifloat f, class T>
 void encode_rest(const T* x, std::int64_t i, std::int64_t n, int block_bits, const float* factor,
                  std::uint8_t* out) {
-  for (; i + W <= n; i += W) store_codes<e2m1>(out, i, load(x + i) * set(factor[i >> block_bits]));
+  for (; i + W <= n; i += W) store_codes<f>(out, i, load(x + i) * set(factor[i >> block_bits]));
   if (i < n) {
     std::uint8_t last[W];
-    store_codes<e2m1>(last, 0, load_n(x + i, n - i) * set(factor[i >> block_bits]));
+    store_codes<f>(last, 0, load_n(x + i, n - i) * set(factor[i >> block_bits]));
+    constexpr bool kNibbles = f.code_bits == 3;
     // A nibble behind the last element is the code of a zero, but 0 * factor may be NaN.
-    if (e2m1 && (n - i) % 2 == 1) last[(n - i) / 2] &= 0x0F;
-    std::memcpy(out + (e2m1 ? i / 2 : i), last, static_cast<std::size_t>(e2m1 ? (n - i + 1) / 2 : n - i));
+    if (kNibbles && (n - i) % 2 == 1) last[(n - i) / 2] &= 0x0F;
+    std::memcpy(out + (kNibbles ? i / 2 : i), last,
+                static_cast<std::size_t>(kNibbles ? (n - i + 1) / 2 : n - i));
   }
 }
 
-/// Codes without signs of the finite magnitudes a * f and b * f, in memory order.
-template <bool e2m1>
-MOECORE_INLINE Words encode_pair(Vec a, Vec b, Vec f) {
-  if constexpr (e2m1) {
-    return pack(e2m1_magnitude(a * f), e2m1_magnitude(b * f));
-  } else {
-    Vec unused;
-    return pack(e4m3_biased(a * f, unused), e4m3_biased(b * f, unused)) - set_words(kE4m3Bias);
-  }
-}
-
-/// Columns of finite elements with factors that are finite and not negative: signs are put in among the
-/// packed words, and nothing looks for NaN. Returns the columns done.
-template <bool e2m1, class T>
-std::int64_t encode_finite(const T* x, std::int64_t n, int block_bits, const float* factor,
-                           std::uint8_t* out) {
-  auto factor_at = [&](std::int64_t i) {
-    return block_bits == 4 ? set_pair(factor + i / 16) : set(factor[i >> block_bits]);
-  };
-  auto encode = [&](std::int64_t i) {
+/// Columns whose magnitudes times their factors are below 2^16, where factors are not negative: a pair's
+/// codes are put together, saturated and given their signs as the upper bits of words, and nothing looks for
+/// NaN. What stands at `next` is brought into L2 meanwhile. Returns the columns done.
+template <Minifloat f, class T>
+std::int64_t encode_bounded(const T* x, std::int64_t n, int block_bits, const float* factor, const T* next,
+                            std::uint8_t* out) {
+  constexpr int kLow = 1 << (15 - f.code_bits), kHigh = kLow >> (7 - f.mantissa);
+  auto encode = [&](std::int64_t i, Vec scale) MOECORE_INLINE_LAMBDA {
     Vec a, b;
-    const Words high = load_pair(x + i, a, b);
-    const Words sign = e2m1 ? shift_right<12>(high) & set_words(8) : shift_right<8>(high) & set_words(0x80);
-    return encode_pair<e2m1>(a, b, factor_at(i)) | sign;
+    const Words signs = load_pair(x + i, a, b);
+    const Words codes = pack(sum_words(count_steps<f>(a * scale), kLow, kHigh),
+                             sum_words(count_steps<f>(b * scale), kLow, kHigh));
+    return shift_right<15 - f.code_bits>(with_signs(min(codes, set_words(f.largest * kLow)), signs));
   };
-  std::int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    const Words first = encode(i), second = encode(i + 2 * W);
-    if constexpr (e2m1)
-      store_nibbles(out + i / 2, first, second);
-    else
-      store_bytes(out + i, first, second);
-  }
-  return i;
+  constexpr int kStep = 4 * W, kLine = 64 / sizeof(T);
+  auto run = [&](auto scale_at) MOECORE_INLINE_LAMBDA {
+    std::int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(next + i + line, 0, 2);
+      const Words first = encode(i, scale_at(i)), second = encode(i + 2 * W, scale_at(i + 2 * W));
+      if constexpr (f.code_bits == 3)
+        store_nibbles(out + i / 2, first, second);
+      else
+        store_bytes(out + i, first, second);
+    }
+    return i;
+  };
+  if (2 * W > 16 && block_bits == 4)
+    return run([&](std::int64_t i) MOECORE_INLINE_LAMBDA { return set_pair(factor + i / 16); });
+  return run([&](std::int64_t i) MOECORE_INLINE_LAMBDA { return set(factor[i >> block_bits]); });
 }
 
-/// Codes of x * factor[i / block], where block is a power of two of at least 16.
-inline void quantize_encode(DType dtype, bool e2m1, bool finite, const void* x, std::int64_t n,
-                            std::int64_t block, const float* factor, std::uint8_t* out) {
+/// Codes of x * factor[i / block], where block is a power of two of at least 16. `bounded`: no factor is
+/// negative and every product is below 2^16. `next` is what will be read after x.
+inline void quantize_encode(DType dtype, bool e2m1, bool bounded, const void* x, std::int64_t n,
+                            std::int64_t block, const float* factor, const void* next, std::uint8_t* out) {
   const int block_bits =
       __builtin_ctzll(static_cast<unsigned long long>(block));  // a division would cost as much
   visit_instance(QuantizeTypes{}, dtype, [&]<DType d>() {
-    const auto* values = static_cast<const Element<d>*>(x);
-    auto run = [&]<bool fp4>() {
-      const std::int64_t done = finite ? encode_finite<fp4>(values, n, block_bits, factor, out) : 0;
-      encode_rest<fp4>(values, done, n, block_bits, factor, out);
+    using T = Element<d>;
+    const auto* values = static_cast<const T*>(x);
+    auto run = [&]<Minifloat f>() {
+      const std::int64_t done =
+          bounded ? encode_bounded<f>(values, n, block_bits, factor, static_cast<const T*>(next), out) : 0;
+      encode_rest<f>(values, done, n, block_bits, factor, out);
     };
-    e2m1 ? run.template operator()<true>() : run.template operator()<false>();
+    e2m1 ? run.template operator()<kE2m1>() : run.template operator()<kE4m3>();
   });
 }
 
-/// nvfp4's block scales and factors for n blocks. All arrays reach up to the next multiple of W.
-inline void nvfp4_scales(const float* amax, std::int64_t n, float global, std::uint8_t* scale,
+/// nvfp4's block scales and factors for n blocks; whether elements times factors stay below 2^16. All arrays
+/// reach up to the next multiple of W.
+inline bool nvfp4_scales(const float* amax, std::int64_t n, float global, std::uint8_t* scale,
                          float* factor) {
   const Vec g = set(global), rcp_g = set(1.0f) / g, sixth = set(1.0f / 6);
+  unsigned bounded = ~0u;
   for (std::int64_t i = 0; i < n; i += W) {
-    const Vec wanted = g * (load(amax + i) * sixth);
-    Vec s;
-    store_bytes(scale + i, encode_e4m3(wanted, s));
-    s = select(wanted >= wanted, s, wanted);
-    store(factor + i, select(s < set(0x1p-10f), set(0.0f), set(1.0f) / (s * rcp_g)));
+    const Vec a = load(amax + i), wanted = g * (a * sixth);
+    store_bytes(scale + i, encode<kE4m3>(wanted));
+    // From 2^-10 down the scale is 0. Where it is NaN, so are the elements or their products with any factor.
+    const Vec s = rounded<kE4m3>(min(abs(wanted), set(448.0f)));
+    const Vec f = select(set(0x1p-10f) >= wanted, set(0.0f), set(1.0f) / (s * rcp_g));
+    store(factor + i, f);
+    bounded &= bits_of(a * f < set(0x1p16f));
+  }
+  return global > 0 && (bounded & ((1u << W) - 1)) == (1u << W) - 1;
+}
+
+/// e8m0 scales by `rule` and their reciprocals for n blocks. All arrays reach up to the next multiple of W.
+inline void power_of_two_scales(const float* amax, std::int64_t n, numeric::PowerOfTwoRule rule,
+                                std::uint8_t* scale, float* factor) {
+  const Ints carry = set_int(static_cast<int>(rule.carry)), offset = set_int(rule.offset),
+             lowest = set_int(rule.lowest);
+  for (std::int64_t i = 0; i < n; i += W) {
+    const Vec a = load(amax + i);
+    const Mask infinite = a > set(0x1.fffffep127f), number = a >= set(0.0f);
+    const Ints finite = max(shift_right<23>(as_ints(a) + carry) - offset, lowest);
+    Vec code = select(infinite, as_floats(set_int(0xFE)), as_floats(finite));
+    code = select(number, code, as_floats(set_int(0xFF)));
+    store_bytes(scale + i, as_ints(code));
+    Vec f = as_floats(shift_left<23>(set_int(254) - finite));
+    f = select(f < set(0x1p127f), f, set(0.0f));
+    f = select(infinite, set(0x1p-127f), f);
+    store(factor + i, select(number, f, as_floats(set_int(0x7FC00000))));
   }
 }
 

@@ -6,6 +6,12 @@ MOECORE_INLINE Ints operator&(Ints a, Ints b) {
 MOECORE_INLINE Ints operator|(Ints a, Ints b) {
   return {_mm256_or_si256(a.v, b.v)};
 }
+MOECORE_INLINE Ints min(Ints a, Ints b) {
+  return {_mm256_min_epi32(a.v, b.v)};
+}
+MOECORE_INLINE Ints max(Ints a, Ints b) {
+  return {_mm256_max_epi32(a.v, b.v)};
+}
 
 MOECORE_INLINE __m128i narrow_to_words(Ints a) {
   return _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
@@ -39,18 +45,8 @@ struct Words {
 MOECORE_INLINE Words set_words(int x) {
   return {_mm256_set1_epi16(static_cast<short>(x))};
 }
-MOECORE_INLINE Words operator&(Words a, Words b) {
-  return {_mm256_and_si256(a.v, b.v)};
-}
-MOECORE_INLINE Words operator|(Words a, Words b) {
-  return {_mm256_or_si256(a.v, b.v)};
-}
-MOECORE_INLINE Words operator-(Words a, Words b) {
-  return {_mm256_sub_epi16(a.v, b.v)};
-}
-template <int N>
-MOECORE_INLINE Words shift_right(Words a) {
-  return {_mm256_srli_epi16(a.v, N)};
+MOECORE_INLINE Words min(Words a, Words b) {
+  return {_mm256_min_epu16(a.v, b.v)};
 }
 
 // The order of a pair is that of the 128-bit halves: a has elements 0-3 and 8-11, b 4-7 and 12-15, which is
@@ -80,31 +76,29 @@ MOECORE_INLINE Words load_pair(const float* p, Vec& a, Vec& b) {
 MOECORE_INLINE Vec set_pair(const float* f) {
   return set(*f);
 }
+MOECORE_INLINE Ints sum_words(Ints a, int low, int high) {
+  return {_mm256_madd_epi16(a.v, _mm256_set1_epi32(low | high << 16))};
+}
 MOECORE_INLINE Words pack(Ints a, Ints b) {
   return {_mm256_packus_epi32(a.v, b.v)};
+}
+MOECORE_INLINE Words with_signs(Words w, Words signs) {
+  return {_mm256_or_si256(w.v, _mm256_and_si256(signs.v, _mm256_set1_epi16(-0x8000)))};
+}
+template <int N>
+MOECORE_INLINE Words shift_right(Words a) {
+  return {_mm256_srli_epi16(a.v, N)};
 }
 MOECORE_INLINE void store_bytes(std::uint8_t* p, Words w, Words v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm256_permute4x64_epi64(_mm256_packus_epi16(w.v, v.v), 0xD8));
 }
 MOECORE_INLINE void store_nibbles(std::uint8_t* p, Words w, Words v) {
-  const __m256i weights = _mm256_set1_epi32(1 | 16 << 16);
-  const __m256i pairs = _mm256_packus_epi32(_mm256_madd_epi16(w.v, weights), _mm256_madd_epi16(v.v, weights));
+  // Pairs as even + 16 * odd, and the low bytes of those.
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_packus_epi16(w.v, v.v), _mm256_set1_epi16(1 | 16 << 8));
   const __m256i bytes = _mm256_packus_epi16(pairs, pairs);
   // Four bytes of w, four of v and both again, in each half.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, order)));
-}
-
-MOECORE_INLINE std::uint16_t max_magnitude(const std::uint16_t* p, std::int64_t n) {
-  // 0x7FFF - magnitude, of which there is an instruction for the least of eight.
-  const __m256i largest = _mm256_set1_epi16(0x7FFF);
-  __m256i least = largest;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
-    least = _mm256_min_epi16(least, _mm256_andnot_si256(x, largest));
-  }
-  const __m128i eight = _mm_min_epi16(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
-  return static_cast<std::uint16_t>(0x7FFF - _mm_extract_epi16(_mm_minpos_epu16(eight), 0));
 }

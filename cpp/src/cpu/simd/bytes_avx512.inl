@@ -6,6 +6,12 @@ MOECORE_INLINE Ints operator&(Ints a, Ints b) {
 MOECORE_INLINE Ints operator|(Ints a, Ints b) {
   return {_mm512_or_si512(a.v, b.v)};
 }
+MOECORE_INLINE Ints min(Ints a, Ints b) {
+  return {_mm512_min_epi32(a.v, b.v)};
+}
+MOECORE_INLINE Ints max(Ints a, Ints b) {
+  return {_mm512_max_epi32(a.v, b.v)};
+}
 
 MOECORE_INLINE Ints load_bytes(const std::uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
@@ -34,18 +40,8 @@ struct Words {
 MOECORE_INLINE Words set_words(int x) {
   return {_mm512_set1_epi16(static_cast<short>(x))};
 }
-MOECORE_INLINE Words operator&(Words a, Words b) {
-  return {_mm512_and_si512(a.v, b.v)};
-}
-MOECORE_INLINE Words operator|(Words a, Words b) {
-  return {_mm512_or_si512(a.v, b.v)};
-}
-MOECORE_INLINE Words operator-(Words a, Words b) {
-  return {_mm512_sub_epi16(a.v, b.v)};
-}
-template <int N>
-MOECORE_INLINE Words shift_right(Words a) {
-  return {_mm512_srli_epi16(a.v, N)};
+MOECORE_INLINE Words min(Words a, Words b) {
+  return {_mm512_min_epu16(a.v, b.v)};
 }
 
 // The order of a pair: of every eight elements a has the first four and b the others, which is what unpacking
@@ -74,29 +70,32 @@ MOECORE_INLINE Words load_pair(const float* p, Vec& a, Vec& b) {
                              _mm512_srai_epi32(_mm512_castps_si512(y), 16))};
 }
 MOECORE_INLINE Vec set_pair(const float* f) {
-  return {_mm512_insertf32x8(_mm512_set1_ps(f[0]), _mm256_set1_ps(f[1]), 1)};
+  return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(f[0]), 0xFF00, _mm_load_ss(f + 1))};
+}
+MOECORE_INLINE Ints sum_words(Ints a, int low, int high) {
+  return {_mm512_madd_epi16(a.v, _mm512_set1_epi32(low | high << 16))};
 }
 MOECORE_INLINE Words pack(Ints a, Ints b) {
   return {_mm512_packus_epi32(a.v, b.v)};
 }
+MOECORE_INLINE Words with_signs(Words w, Words signs) {
+  constexpr int kOrAnd = 0xF8;  // a | (b & c)
+  return {_mm512_ternarylogic_epi32(w.v, signs.v, _mm512_set1_epi16(-0x8000), kOrAnd)};
+}
+template <int N>
+MOECORE_INLINE Words shift_right(Words a) {
+  return {_mm512_srli_epi16(a.v, N)};
+}
 MOECORE_INLINE void store_bytes(std::uint8_t* p, Words w, Words v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(w.v));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm512_cvtepi16_epi8(v.v));
+  _mm512_storeu_si512(
+      p, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packus_epi16(w.v, v.v)));
 }
 MOECORE_INLINE void store_nibbles(std::uint8_t* p, Words w, Words v) {
-  const __m512i weights = _mm512_set1_epi32(1 | 16 << 16);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_madd_epi16(w.v, weights)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm512_cvtepi32_epi8(_mm512_madd_epi16(v.v, weights)));
-}
-
-MOECORE_INLINE std::uint16_t max_magnitude(const std::uint16_t* p, std::int64_t n) {
-  // 0x7FFF - magnitude, of which there is an instruction for the least of eight.
-  const __m256i largest = _mm256_set1_epi16(0x7FFF);
-  __m256i least = largest;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
-    least = _mm256_min_epi16(least, _mm256_andnot_si256(x, largest));
-  }
-  const __m128i eight = _mm_min_epi16(_mm256_castsi256_si128(least), _mm256_extracti128_si256(least, 1));
-  return static_cast<std::uint16_t>(0x7FFF - _mm_extract_epi16(_mm_minpos_epu16(eight), 0));
+  // Pairs as even + 16 * odd, and the low bytes of those.
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_packus_epi16(w.v, v.v), _mm512_set1_epi16(1 | 16 << 8));
+  const __m512i bytes = _mm512_packus_epi16(pairs, pairs);
+  // Four bytes of w, four of v and both again, in each lane.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)));
 }

@@ -34,6 +34,9 @@ MOECORE_INLINE Vec operator/(Vec a, Vec b) {
 MOECORE_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+MOECORE_INLINE Vec add_product(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 
 MOECORE_INLINE Mask operator<(Vec a, Vec b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};

@@ -6,6 +6,7 @@
 //   load, store              float, F16 or BF16 in memory, unaligned; narrowing rounds to nearest even, keeps
 //                            denormals, overflows to infinity and turns a NaN into a quiet one
 //   fma                      a * b + c rounded once, on every level
+//   add_product              the same where a * b is exact
 //   min, max                 a < b ? a : b and a > b ? a : b, so b when either is NaN
 //   select                   m ? a : b
 //   bits_of                  lane i of a mask as bit i
@@ -52,6 +53,9 @@ MOECORE_INLINE Vec fma(Vec a, Vec b, Vec c) {
   Vec r;
   for (int i = 0; i < W; ++i) r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return r;
+}
+MOECORE_INLINE Vec add_product(Vec a, Vec b, Vec c) {
+  return {a.v * b.v + c.v};
 }
 
 MOECORE_INLINE Mask operator<(Vec a, Vec b) {

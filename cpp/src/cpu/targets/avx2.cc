@@ -20,6 +20,7 @@ namespace {
 #include "cpu/simd/vec_avx2.inl"
 //
 #include "cpu/simd/bytes_avx2.inl"
+#include "cpu/simd/magnitudes_x86.inl"
 //
 #include "cpu/simd/tail.inl"
 //
@@ -46,6 +47,7 @@ const Kernels kAvx2Kernels = {
     .quantize_amax = avx2::quantize_amax,
     .quantize_encode = avx2::quantize_encode,
     .nvfp4_scales = avx2::nvfp4_scales,
+    .power_of_two_scales = avx2::power_of_two_scales,
     .dequantize_decode = avx2::dequantize_decode,
     .read_all = avx2::read_all,
     .fma_flops = avx2::fma_flops,

@@ -20,6 +20,7 @@ namespace {
 #include "cpu/simd/vec_avx512.inl"
 //
 #include "cpu/simd/bytes_avx512.inl"
+#include "cpu/simd/magnitudes_x86.inl"
 //
 #include "cpu/simd/tail.inl"
 //
@@ -46,6 +47,7 @@ const Kernels kAvx512Kernels = {
     .quantize_amax = avx512::quantize_amax,
     .quantize_encode = avx512::quantize_encode,
     .nvfp4_scales = avx512::nvfp4_scales,
+    .power_of_two_scales = avx512::power_of_two_scales,
     .dequantize_decode = avx512::dequantize_decode,
     .read_all = avx512::read_all,
     .fma_flops = avx512::fma_flops,

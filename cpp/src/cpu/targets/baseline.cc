@@ -41,6 +41,7 @@ const Kernels kBaselineKernels = {
     .quantize_amax = baseline::quantize_amax,
     .quantize_encode = baseline::quantize_encode,
     .nvfp4_scales = baseline::nvfp4_scales,
+    .power_of_two_scales = baseline::power_of_two_scales,
     .dequantize_decode = baseline::dequantize_decode,
     .read_all = baseline::read_all,
     .fma_flops = baseline::fma_flops,
