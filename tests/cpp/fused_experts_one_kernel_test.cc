@@ -81,10 +81,14 @@ TEST_P(FusedExpertsOneKernel, RepeatedIds) {
   EXPECT_TRUE(within(run(c, layer, 0, kOneKernel), reference(c, layer), dtype()));
 }
 
-TEST_P(FusedExpertsOneKernel, IsTakenOnRequest) {
-  const LayerCase c{.routing = {1, 4, 8}, .hidden = 256, .inter = 128};
+TEST_P(FusedExpertsOneKernel, IsTakenForOneTokenOrOnRequest) {
+  const LayerCase c{.routing = {1, 4, 8}, .hidden = 256, .inter = 128},
+      two{.routing = {2, 4, 8}, .hidden = 256, .inter = 128};
   EXPECT_TRUE(is_taken(c));
-  EXPECT_FALSE(is_taken(c, " ")) << "a policy that says nothing: the default, whatever MOECORE_TUNING says";
+  EXPECT_TRUE(is_taken(two));
+  // A policy that says nothing: the default, whatever MOECORE_TUNING says.
+  EXPECT_TRUE(is_taken(c, " "));
+  EXPECT_FALSE(is_taken(two, " "));
   EXPECT_FALSE(is_taken(c, "fused_experts.fused=0"));
 }
 

@@ -400,10 +400,14 @@ TEST(PolicyDecode, StepsCoverTheDepthAndStagesFit) {
       }
 }
 
-TEST(PolicyDecode, RunsOnRequestWithinItsLimits) {
+TEST(PolicyDecode, TakesOneTokenOfSmallLayersWithinItsLimits) {
+  constexpr std::int64_t kQwen3 = 8 * 3 * 768 * 2048 * 2, kMixtral = 2 * 3 * 14336ll * 4096 * 2;
+  EXPECT_EQ(cuda::decode::select_policy(1, kQwen3, false).fused, 1);
+  EXPECT_EQ(cuda::decode::select_policy(1, kMixtral, false).fused, 0);
+  EXPECT_EQ(cuda::decode::select_policy(1, kQwen3 / 2, true).fused, 0);
   for (std::int64_t tokens : {0, 1, 2, 8, 64, 512}) {
-    const cuda::decode::Policy policy = cuda::decode::select_policy(tokens);
-    EXPECT_EQ(policy.fused, 0);
+    const cuda::decode::Policy policy = cuda::decode::select_policy(tokens, tokens * kQwen3, false);
+    EXPECT_EQ(policy.fused, tokens == 1);
     EXPECT_GE(policy.rows, 1);
     EXPECT_LE(policy.rows, cuda::decode::kMaxRows);
     EXPECT_LE(policy.stages, cuda::decode::kMaxStages);

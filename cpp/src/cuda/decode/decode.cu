@@ -169,8 +169,10 @@ std::string run_decode(const FusedExpertsProblem& p, const ExecContext& ctx) {
   using namespace decode;
   const DeviceInfo& device = open_device("fused_experts", ctx);
   const int bits = element_bits(p.up.weight_scales.form, p.up.dtype);
+  const std::int64_t weight_bytes =
+      p.num_tokens * p.top_k * (p.up.n * p.up.k + p.down.n * p.down.k) * bits / 8;
   auto choose = [&](std::string_view text) {
-    Policy policy = select_policy(p.num_tokens);
+    Policy policy = select_policy(p.num_tokens, weight_bytes, p.up.weight_scales.form != OperandForm::kFloat);
     override_policy("fused_experts", text,
                     {{"fused", &policy.fused, {0, 1}},
                      {"row_bytes", &policy.row_bytes, {512, 1024, 2048, 4096}},

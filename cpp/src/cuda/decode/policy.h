@@ -61,14 +61,17 @@ struct Policy {
   int flight = 0;     // stages on their way at a time: what is queued delays every other access of the SM
 };
 
-/// The composition, until a policy or a line of MOECORE_TUNING asks for the kernel ("fused=1").
+/// One kernel for one token whose experts' floats, `weight_bytes` in all, are read so fast that the launches
+/// of the composition count. `quantized`: weights are codes.
 ///
 /// On an H200 one token of Qwen3-30B (75 MB of bf16) takes 27 us as one kernel and 35 us as the composition,
-/// one of gpt-oss with mxfp4 weights 45 us and 158 us. But the kernel streams more slowly than the tiles of
-/// bf16 layers: they are level at 200 MB, it is behind from 300 MB on, and for more tokens than one.
-inline Policy select_policy(std::int64_t num_tokens) {
+/// one of gpt-oss (199 MB) 58 and 62 us. But the kernel streams more slowly than the tiles of bf16 layers: it
+/// is behind from 300 MB on, and for more tokens than one. Of codes it decodes about as fast as the products'
+/// kernels, whose bits are then better kept.
+inline Policy select_policy(std::int64_t num_tokens, std::int64_t weight_bytes, bool quantized) {
+  constexpr std::int64_t kOneKernelBytes = 210'000'000;
   Policy policy;
-  policy.fused = 0;
+  policy.fused = num_tokens == 1 && !quantized && weight_bytes <= kOneKernelBytes;
   policy.row_bytes = 2048;
   policy.rows = static_cast<int>(std::clamp<std::int64_t>(num_tokens, 1, kMaxRows));
   policy.stages = kMaxStages;
