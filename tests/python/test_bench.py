@@ -168,6 +168,24 @@ def test_float64_on_the_device_is_that_of_the_host(dtype):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_the_bound_of_cut_sums_holds_for_sums_that_are_cut():
+    rng = np.random.default_rng(1)
+    codes = checks.code_values(fp4=False)[:, 0]
+    products = rng.choice(codes[np.abs(codes) <= 2], (500, 768)) * rng.standard_normal((500, 768))
+    total = np.zeros(500)
+    for block in np.split(products, 768 // 128, axis=1):
+        so_far = np.zeros(500)
+        for step in np.split(block, 4, axis=1):
+            terms = np.column_stack([step, so_far])
+            last_bit = 2.0 ** (np.floor(np.log2(np.abs(terms).max(axis=1, keepdims=True))) - 13)
+            so_far = (np.trunc(terms / last_bit) * last_bit).sum(axis=1)
+        total += so_far
+    error = np.abs(total - products.sum(axis=1))
+    bound = checks.cut_sums((products**2).sum(axis=1))
+    assert (error < bound).all()
+    assert (error > bound / 20).any()
+
+
 def test_a_wrong_result_fails_the_run(capsys, tmp_path, small_models, roof, monkeypatch):
     monkeypatch.setattr(checks, "exact", lambda actual, expected: checks.Check(np.inf, False))
     status, out, _ = run(

@@ -16,6 +16,7 @@ __all__ = [
     "Check",
     "code_values",
     "compare",
+    "cut_sums",
     "decode",
     "dequantize_rows",
     "product_bound",
@@ -57,6 +58,16 @@ def product_bound(reach: F64, value: F64, depth: int, dtype: str) -> F64:
     """Error of a sum of ``depth`` products in f32, then rounded: see ``moecore.reference``."""
     unit, subnormal = ROUNDING[dtype]
     return 8 * math.sqrt(depth + 2) * _EPS * reach + unit * np.abs(value) + subnormal
+
+
+def cut_sums(squares: F64) -> F64:
+    """Error of fp8 sums on Hopper's tensor cores, from the sums of the squared products.
+
+    Every 32 columns 32 products and the sum so far, 33 terms, are each cut 13 bits behind the largest; every
+    128 columns the sum starts anew. Signs are random, so the largest squared is taken as the sum of the
+    squares of its 128 columns, four times; eight times the parameter, as everywhere.
+    """
+    return np.asarray(8 * math.sqrt(33 * 4) * 2.0**-13 * np.sqrt(squares))
 
 
 def _e4m3_values() -> F64:

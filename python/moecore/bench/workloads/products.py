@@ -81,12 +81,15 @@ def grouped_gemm(lab: Lab, case: Case) -> Work:
             x = checks.dequantize_rows(x, space.host(s.x_scales, rows), case.dtype)
         else:
             x = reference.to_float64(x)
-        products = np.empty((len(rows), len(columns)))
-        reach = np.empty_like(products)
+        products, reach, squares = np.empty((3, len(rows), len(columns)))
         for j, row in enumerate(rows):
             expert = int(np.searchsorted(offsets, row, side="right")) - 1
-            products[j], reach[j], _ = space.product(x[j : j + 1], w.rows(matrix, expert, columns))
-        return products, checks.product_bound(reach, products, depth, out_type)
+            found = space.product(x[j : j + 1], w.rows(matrix, expert, columns), [x[j : j + 1] ** 2])
+            products[j], reach[j], (squares[j],) = found
+        bound = checks.product_bound(reach, products, depth, out_type)
+        if w.row_format and space.device != "cpu":
+            bound += checks.cut_sums(squares)
+        return products, bound
 
     def check(output: Any) -> Check:
         actual = reference.to_float64(space.host(output, rows))[:, columns]
