@@ -55,10 +55,10 @@ struct FusedExpertsOptions {
 /// products have x's dtype before they are quantised. A dynamic scale of fp8 tensor covers all tokens, then
 /// all rows. Routes whose id is not local are dropped. Needs fused_experts_workspace_bytes of workspace.
 ///
-/// CUDA: one token of a small layer in f16 or bf16 runs as one kernel; the policy "fused_experts.fused=1" asks
-/// for it, for up to 512 routes and weights of any format, and "fused_experts.fused=0" for the composition.
-/// The kernel has the composition's rounding points but another order of the sums along k: the same bits on
-/// every run, the composition's within the bound of an f32 sum. `explain` says what runs.
+/// CUDA: one token of a small layer in f16 or bf16 runs as one kernel; the policy "fused_experts.fused=1"
+/// asks for it, for up to 512 routes and weights of any format, and "fused_experts.fused=0" for the
+/// composition. The kernel has the composition's rounding points but another order of the sums along k: the
+/// same bits on every run, the composition's within the bound of an f32 sum. `explain` says what runs.
 void fused_experts(const TensorView& x, const TensorView& weights, const TensorView& ids,
                    const Experts& experts, const TensorView& out, const FusedExpertsOptions& options = {},
                    const ExecContext& ctx = {});
