@@ -209,12 +209,12 @@ TEST_P(Finalize, BitsDoNotDependOnBatchOrThreads) {
 
 TEST_P(Finalize, TheDirectFormGivesTheSameBits) {
   if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "one form";
-  for (std::int64_t top_k : {4, 8})
+  for (std::int64_t top_k : {2, 4, 8})
     for (bool dead : {false, true})
       for (bool with_residual : {false, true}) {
         SCOPED_TRACE(::testing::Message() << "K=" << top_k << " dead slots " << dead);
         Random random(17);
-        const std::int64_t num_tokens = 300, num_rows = 900, hidden = 520;
+        const std::int64_t num_tokens = 301, num_rows = 900, hidden = 520;
         const Array rows = random.floats({num_rows, hidden}, dtype());
         const Array slots = random.integers({num_tokens, top_k}, dead ? -1 : 0, num_rows - !dead);
         const Array weights = random.floats({num_tokens, top_k}, DType::kF32, -1, 1);
@@ -226,7 +226,9 @@ TEST_P(Finalize, TheDirectFormGivesTheSameBits) {
         FinalizeOptions options{.weights = weight_tensor};
         if (residual) options.residual = residual_tensor.emplace(device(), dtype(), *residual);
         const Array expected = oracle::finalize(rows, slots, hidden, dtype(), weights, false, residual);
-        for (const char* policy : {"direct=0", "direct=1", "direct=1 threads=256"}) {
+        const std::string many = "direct=" + std::to_string(8 / top_k);
+        for (const std::string& policy :
+             {std::string("direct=0"), std::string("direct=1"), std::string("direct=1 threads=256"), many}) {
           Tensor out(device(), dtype(), {num_tokens, hidden});
           Call call(device());
           call.context().policy = policy;

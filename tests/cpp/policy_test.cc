@@ -96,8 +96,10 @@ TEST(PolicyFinalize, StaysWithinTheHardware) {
                 ASSERT_EQ(alignment % 16, 0u);
                 ASSERT_EQ(row_bytes % 16, 0) << "a tail that vectors do not reach";
               }
-              ASSERT_TRUE(!cuda::finalize_can_be_direct(policy, p) ||
-                          (policy.vectors && (top_k == 4 || top_k == 8)));
+              if (policy.direct) {
+                ASSERT_TRUE(policy.vectors && (top_k == 2 || top_k == 4 || top_k == 8));
+                ASSERT_TRUE(policy.direct == 1 || policy.direct * top_k == cuda::kFinalizeDirectRows);
+              }
             }
 }
 
@@ -110,7 +112,7 @@ TEST(PolicyFinalize, DirectNeedsWholeVectorsOfSlotsAndWeights) {
     p.rows_stride = p.out_stride = p.hidden = 512;
     p.dtype = p.out_dtype = DType::kBF16;
     change(p);
-    return cuda::finalize_can_be_direct(cuda::select_finalize_policy(p, 132), p);
+    return cuda::select_finalize_policy(p, 132).direct > 0;
   };
   EXPECT_TRUE(chosen([](FinalizeProblem&) {}));
   EXPECT_TRUE(chosen([](FinalizeProblem& p) { p.weights = nullptr; }));
@@ -125,6 +127,7 @@ TEST(PolicyFinalize, DirectNeedsWholeVectorsOfSlotsAndWeights) {
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.top_k = 6; }));
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.rows = address(8); }));
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.num_rows = std::int64_t{1} << 31; }));
+  EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.out_dtype = DType::kE4M3; }));
 }
 
 TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {

@@ -6,9 +6,10 @@
 // between the indices and the rows. kSlots rows are in flight before their fmas; the passes follow each other
 // in slot order, so the sum's bits depend on the inputs alone.
 //
-// The direct form is for the usual top_k, with slots and weights in whole vectors: every thread reads them
-// for itself and has all rows in flight. It is a quarter of the instructions, which for few tokens is what
-// the time goes into: each is fetched for the first time.
+// The direct form is for top_k 2, 4 and 8, with slots and weights in whole vectors: every thread reads them
+// for itself and has all rows in flight, of as many tokens as make eight rows when tokens are many. It is a
+// quarter of the instructions, which for few tokens is what the time goes into: each is fetched for the first
+// time.
 //
 // kWidth elements are one 16-byte vector, or are accessed one by one: a single column, and 4 of e4m3, so that
 // the 128 columns of a scale stay within a warp in either case.
@@ -229,11 +230,24 @@ __global__ void __launch_bounds__(kFinalizeMaxThreads, kBlocksPerSm<kSlots>)
   }
 }
 
-template <class T, class Weight, int kTopK>
-__global__ void __launch_bounds__(kFinalizeMaxThreads, 4) finalize_direct_kernel(const FinalizeArgs args) {
+// N neighbouring elements, read in vectors of up to 16 bytes.
+template <class T, int N>
+struct Few {
+  static constexpr int kAtOnce = N * sizeof(T) < 16 ? N : 16 / sizeof(T);
+
+  dev::Pack<T, kAtOnce> parts[N / kAtOnce];
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int i = 0; i < N / kAtOnce; ++i) parts[i] = reinterpret_cast<const dev::Pack<T, kAtOnce>*>(p)[i];
+  }
+  __device__ __forceinline__ T operator[](int j) const { return parts[j / kAtOnce].values[j % kAtOnce]; }
+};
+
+template <class T, class Weight, int kTopK, int kTokens>
+__global__ void __launch_bounds__(kFinalizeMaxThreads, 3) finalize_direct_kernel(const FinalizeArgs args) {
   constexpr int kWidth = 16 / sizeof(T);
-  dev::wait_for_predecessor();
-  dev::release_successor();
+  using Row = Columns<T, kWidth, true>;
   const std::int64_t c = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
   if (c >= args.hidden) return;
   const auto* rows = reinterpret_cast<const std::byte*>(static_cast<const T*>(args.rows) + c);
@@ -241,72 +255,85 @@ __global__ void __launch_bounds__(kFinalizeMaxThreads, 4) finalize_direct_kernel
   auto row_at = [&](int row) {
     return reinterpret_cast<const T*>(rows + std::uint64_t{static_cast<unsigned>(row)} * pitch);
   };
+  const auto* slot_row = static_cast<const std::int32_t*>(args.slot_row);
+  const auto* weight = static_cast<const Weight*>(args.weights);
   const auto num_rows = static_cast<unsigned>(args.num_rows);
-  for (std::int64_t t = blockIdx.y; t < args.num_tokens; t += gridDim.y) {
-    const auto* slots = static_cast<const std::int32_t*>(args.slot_row) + t * args.slot_stride;
-    const auto* weights = static_cast<const Weight*>(args.weights) + t * args.weights_stride;
-    constexpr int kWeightsAtOnce = kTopK * sizeof(Weight) < 16 ? kTopK : 16 / sizeof(Weight);
-    using Weights = dev::Pack<Weight, kWeightsAtOnce>;
-    dev::Pack<std::int32_t, 4> row[kTopK / 4];
-    Weights weight[kTopK / kWeightsAtOnce];
+  const std::int64_t last = args.num_tokens - 1;
+  auto add = [](float (&acc)[kWidth], float w, const Row& row) {
+    float x[kWidth];
+    row.to_f32(x);
 #pragma unroll
-    for (int i = 0; i < kTopK / 4; ++i)
-      row[i] = reinterpret_cast<const dev::Pack<std::int32_t, 4>*>(slots)[i];
-#pragma unroll
-    for (int i = 0; i < kTopK / kWeightsAtOnce; ++i) {
-      if (args.weights) {
-        weight[i] = reinterpret_cast<const Weights*>(weights)[i];
-      } else {
-#pragma unroll
-        for (Weight& w : weight[i].values) w = dev::from_f32<Weight>(1.0f);
-      }
-    }
-    bool live = true;
-#pragma unroll
-    for (int j = 0; j < kTopK; ++j) live &= static_cast<unsigned>(row[j / 4].values[j % 4]) < num_rows;
-
-    float acc[kWidth] = {}, x[kWidth];
-    if (live) {
-      Columns<T, kWidth, true> v[kTopK];
-#pragma unroll
-      for (int j = 0; j < kTopK; ++j) v[j].load(row_at(row[j / 4].values[j % 4]), kWidth);
-#pragma unroll
-      for (int j = 0; j < kTopK; ++j) {
-        const float w = dev::to_f32(weight[j / kWeightsAtOnce].values[j % kWeightsAtOnce]);
-        v[j].to_f32(x);
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, x[e], acc[e]);
-      }
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < kTopK; ++j) {
-        if (static_cast<unsigned>(slots[j]) >= num_rows) continue;
-        Columns<T, kWidth, true> v;
-        v.load(row_at(slots[j]), kWidth);
-        v.to_f32(x);
-        const float w = args.weights ? dev::to_f32(weights[j]) : 1.0f;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, x[e], acc[e]);
-      }
-    }
+    for (int e = 0; e < kWidth; ++e) acc[e] = __fmaf_rn(w, x[e], acc[e]);
+  };
+  auto finish = [&](float (&acc)[kWidth], std::int64_t t) {
     if (args.residual) {
-      Columns<T, kWidth, true> r;
+      float x[kWidth];
+      Row r;
       r.load(static_cast<const T*>(args.residual) + t * args.residual_stride + c, kWidth);
       r.to_f32(x);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) acc[e] = __fadd_rn(acc[e], x[e]);
     }
-    Columns<T, kWidth, true> result;
+    Row result;
     result.from_f32(acc);
     result.store(static_cast<T*>(args.out) + t * args.out_stride + c, kWidth);
+  };
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * kTokens; first <= last;
+       first += static_cast<std::int64_t>(gridDim.y) * kTokens) {
+    Few<std::int32_t, kTopK> slots[kTokens];
+    Few<Weight, kTopK> weights[kTokens];
+    bool live = true;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const std::int64_t t = kTokens == 1 ? first : min(first + i, last);
+      slots[i].load(slot_row + t * args.slot_stride);
+      if (weight) weights[i].load(weight + t * args.weights_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens * kTopK; ++i)
+      live &= static_cast<unsigned>(slots[i / kTopK][i % kTopK]) < num_rows;
+    if (!live) {
+      for (int i = 0; i < kTokens && first + i <= last; ++i) {
+        float acc[kWidth] = {};
+#pragma unroll 1
+        for (int j = 0; j < kTopK; ++j) {
+          const int row = slot_row[(first + i) * args.slot_stride + j];
+          if (static_cast<unsigned>(row) >= num_rows) continue;
+          Row one;
+          one.load(row_at(row), kWidth);
+          add(acc, weight ? dev::to_f32(weight[(first + i) * args.weights_stride + j]) : 1.0f, one);
+        }
+        finish(acc, first + i);
+      }
+      continue;
+    }
+    Row v[kTokens][kTopK];
+#pragma unroll
+    for (int i = 0; i < kTokens * kTopK; ++i)
+      v[i / kTopK][i % kTopK].load(row_at(slots[i / kTopK][i % kTopK]), kWidth);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (kTokens > 1 && first + i > last) break;
+      float acc[kWidth] = {};
+#pragma unroll
+      for (int j = 0; j < kTopK; ++j) add(acc, weight ? dev::to_f32(weights[i][j]) : 1.0f, v[i][j]);
+      finish(acc, first + i);
+    }
   }
 }
 
-template <class T>
-auto select_direct_kernel(int top_k, bool f32_weights) {
-  if (f32_weights)
-    return top_k == 4 ? finalize_direct_kernel<T, float, 4> : finalize_direct_kernel<T, float, 8>;
-  return top_k == 4 ? finalize_direct_kernel<T, T, 4> : finalize_direct_kernel<T, T, 8>;
+template <class T, class Weight>
+auto select_direct_kernel(int top_k, int tokens) {
+  switch (top_k) {
+    case 2:
+      return tokens == 1 ? finalize_direct_kernel<T, Weight, 2, 1> : finalize_direct_kernel<T, Weight, 2, 4>;
+    case 4:
+      return tokens == 1 ? finalize_direct_kernel<T, Weight, 4, 1> : finalize_direct_kernel<T, Weight, 4, 2>;
+    default:
+      return finalize_direct_kernel<T, Weight, 8, 1>;
+  }
 }
 
 template <class Row, class Out, bool kVectors>
@@ -340,13 +367,17 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
                           .width = p.hidden,
                           .sms = device.num_sms,
                           .capability = device.compute_capability};
+  const int top_k = static_cast<int>(p.top_k);
   const FinalizePolicy policy = tuned("finalize", sizes, ctx, [&](std::string_view text) {
     FinalizePolicy chosen = select_finalize_policy(p, device.num_sms);
-    override_policy("finalize", text,
-                    {{"direct", &chosen.direct, {0, finalize_can_be_direct(chosen, p)}},
-                     {"vectors", &chosen.vectors, {0, chosen.vectors}},
-                     {"slots", &chosen.slots, {1, 2, 4, 8}},
-                     {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
+    const bool direct = finalize_can_be_direct(chosen, p);
+    override_policy(
+        "finalize", text,
+        {{"direct", &chosen.direct, {0, direct ? 1 : 0, direct ? kFinalizeDirectRows / top_k : 0}},
+         {"vectors", &chosen.vectors, {0, chosen.vectors}},
+         {"slots", &chosen.slots, {1, 2, 4, 8}},
+         {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});
+    if (!chosen.vectors) chosen.direct = 0;
     return chosen;
   });
   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
@@ -374,15 +405,16 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
                           .amax_cap = kOutFormat.amax_cap,
                           .num_tokens = p.num_tokens,
                           .hidden = p.hidden,
-                          .top_k = static_cast<int>(p.top_k)};
+                          .top_k = top_k};
   constexpr std::int64_t kMaxGridY = 65535;
   const std::int64_t slice = policy.threads * finalize_columns_per_thread(policy, p.dtype);
-  const LaunchConfig config{
-      .grid = dim3(static_cast<unsigned>(std::min((p.hidden + slice - 1) / slice, kMaxGridY)),
-                   static_cast<unsigned>(std::min(p.num_tokens, kMaxGridY))),
-      .block = dim3(policy.threads),
-      .stream = stream(ctx),
-      .dependent = true};
+  const std::int64_t at_once = std::max(1, policy.direct);
+  const std::int64_t groups = (p.num_tokens + at_once - 1) / at_once;
+  const LaunchConfig config{.grid = dim3(static_cast<unsigned>((p.hidden + slice - 1) / slice),
+                                         static_cast<unsigned>(std::min(groups, kMaxGridY))),
+                            .block = dim3(policy.threads),
+                            .stream = stream(ctx),
+                            .dependent = true};
   const DeviceGuard guard(device);
   visit_instance(FinalizeInstances{}, FinalizeTypes{p.dtype, p.out_dtype}, [&]<FinalizeTypes types>() {
     using Row = cuda_t<types.rows>;
@@ -390,7 +422,10 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
     if constexpr (types.rows == types.out && types.rows != DType::kE4M3) {
       if (policy.direct) {
         const bool f32_weights = !p.weights || p.weight_dtype == DType::kF32;
-        launch("finalize", device, config, select_direct_kernel<Row>(args.top_k, f32_weights), args);
+        launch("finalize", device, config,
+               f32_weights ? select_direct_kernel<Row, float>(args.top_k, policy.direct)
+                           : select_direct_kernel<Row, Row>(args.top_k, policy.direct),
+               args);
         return;
       }
     }

@@ -11,10 +11,13 @@ namespace moecore::cuda {
 
 inline constexpr int kFinalizeMaxThreads = 256;
 
+/// Rows that a thread of the direct form has in flight, when tokens are many.
+inline constexpr int kFinalizeDirectRows = 8;
+
 struct FinalizePolicy {
-  int direct = 0;    // 1: all rows of a token in flight, slots and weights by vectors. Off until asked for
-  int vectors = 1;   // 1: 16-byte accesses, 0: element by element
-  int slots = 4;     // rows in flight per thread: 1, 2, 4 or 8
+  int direct = 0;   // the direct form with this many tokens a thread: 1, or what makes eight rows. 0: general
+  int vectors = 1;  // 1: 16-byte accesses, 0: element by element
+  int slots = 4;    // general form: rows in flight per thread: 1, 2, 4 or 8
   int threads = 64;  // of a block
 };
 
@@ -27,7 +30,8 @@ inline std::int64_t finalize_columns_per_thread(const FinalizePolicy& policy, DT
 /// Whether the direct form can take the problem.
 inline bool finalize_can_be_direct(const FinalizePolicy& policy, const FinalizeProblem& p) {
   if (!policy.vectors) return false;
-  if (p.dtype == DType::kE4M3 || p.slot_row.is_i64 || (p.top_k != 4 && p.top_k != 8)) return false;
+  if (p.dtype == DType::kE4M3 || p.out_dtype != p.dtype || p.slot_row.is_i64) return false;
+  if (p.top_k != 2 && p.top_k != 4 && p.top_k != 8) return false;
   if (p.num_rows > 0x7FFFFFFF || p.rows_stride * bit_width(p.dtype) / 8 > 0x7FFFFFFF) return false;
   auto vectors = [&](const void* data, std::int64_t stride, std::int64_t bytes) {
     const std::int64_t vector = std::min<std::int64_t>(16, p.top_k * bytes);
@@ -55,8 +59,7 @@ inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_s
   const std::int64_t columns = std::max<std::int64_t>(1, (p.hidden + per_thread - 1) / per_thread);
 
   // With all threads resident at once, more rows in flight shorten the one pass there is; beyond that they
-  // cost more resident threads than they gain. Narrow blocks even out the end of the grid and, when tokens
-  // are few, spread one over many SMs.
+  // cost more resident threads than they gain.
   constexpr std::int64_t kResidentThreads = 256;  // of an SM
   const bool all_resident = p.num_tokens * columns <= kResidentThreads * num_sms;
   policy.slots = p.dtype == DType::kE4M3         ? 4
@@ -64,10 +67,15 @@ inline FinalizePolicy select_finalize_policy(const FinalizeProblem& p, int num_s
                  : p.top_k <= 2                  ? 2
                  : p.top_k <= 4 || !all_resident ? 4
                                                  : 8;
+  // Narrow blocks even out the end of the grid and spread few tokens over many SMs. When the direct form has
+  // many rounds of threads, fewer of them with eight rows in flight read 3 % faster than with four.
+  constexpr std::int64_t kManyThreads = 2048;  // of an SM
   policy.threads = 64;
-  while (policy.threads > 32 &&
-         p.num_tokens * ((columns + policy.threads - 1) / policy.threads) < 4 * num_sms)
-    policy.threads /= 2;
+  if (finalize_can_be_direct(policy, p)) {
+    const bool many = p.num_tokens * columns >= kManyThreads * num_sms;
+    policy.direct = many ? kFinalizeDirectRows / static_cast<int>(p.top_k) : 1;
+    policy.threads = many ? 128 : 64;
+  }
   // Of the sizes around it, the one that wastes fewest lanes of the last block.
   const std::int64_t blocks = (columns + policy.threads - 1) / policy.threads;
   policy.threads = static_cast<int>(((columns + blocks - 1) / blocks + 31) / 32 * 32);
