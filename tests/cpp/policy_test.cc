@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cuda/activate_policy.h"
@@ -171,14 +172,40 @@ TEST(PolicyRoute, LanesHoldEveryExpert) {
             p.top_k = std::min<std::int64_t>(num_experts, 8);
             p.scoring = scoring;
             const cuda::RoutePolicy policy = cuda::select_route_policy(p, sms);
-            ASSERT_TRUE(policy.lanes == 0 || policy.lanes == 8 || policy.lanes == 16 || policy.lanes == 32);
-            ASSERT_GE(policy.per_lane * (policy.lanes > 0 ? policy.lanes : 32), num_experts);
+            ASSERT_GE(policy.per_lane * policy.lanes, num_experts);
             ASSERT_LE(policy.per_lane, 64);
             ASSERT_GE(policy.threads, 32);
-            ASSERT_LE(policy.threads, cuda::kRouteMaxThreads);
+            ASSERT_LE(policy.threads, policy.form == cuda::RouteForm::kBlock ? 32 * cuda::kMaxBlockWarps
+                                                                             : cuda::kRouteMaxThreads);
             ASSERT_EQ(policy.threads % 32, 0);
+            if (policy.form == cuda::RouteForm::kBlock) {
+              ASSERT_EQ(policy.threads, policy.lanes);
+              ASSERT_GE(policy.blocks, num_tokens);
+            }
             ASSERT_GE(policy.blocks, 1);
           }
+}
+
+TEST(PolicyRoute, FewerLanesATokenTheMoreTokensAnSmHas) {
+  using cuda::RouteForm;
+  auto form = [](std::int64_t num_tokens, std::int64_t num_experts, std::int64_t top_k,
+                 bool grouped = false) {
+    RouteProblem p;
+    p.num_tokens = num_tokens;
+    p.num_experts = num_experts;
+    p.top_k = top_k;
+    if (grouped) p.scoring = Scoring::kSigmoid, p.num_groups = 8, p.topk_groups = 4;
+    const cuda::RoutePolicy policy = cuda::select_route_policy(p, 132);
+    return std::pair(policy.form, policy.lanes);
+  };
+  EXPECT_EQ(form(16384, 8, 2), std::pair(RouteForm::kThread, 1));
+  EXPECT_EQ(form(8 * 132, 128, 8), std::pair(RouteForm::kBlock, 128));
+  EXPECT_EQ(form(8 * 132 + 1, 128, 8), std::pair(RouteForm::kPacked, 32));
+  EXPECT_EQ(form(16 * 132 + 1, 128, 8), std::pair(RouteForm::kPacked, 16));
+  EXPECT_EQ(form(1, 256, 8, true), std::pair(RouteForm::kBlock, 256));
+  EXPECT_EQ(form(16384, 256, 8, true), std::pair(RouteForm::kPacked, 32));
+  EXPECT_EQ(form(1, 128, 16), std::pair(RouteForm::kPacked, 32)) << "more than 32 candidates";
+  EXPECT_EQ(form(1, 1024, 8), std::pair(RouteForm::kGeneral, 32));
 }
 
 TEST(PolicyRoutePlan, OneLaunchHoldsEveryTokenAndExpert) {

@@ -353,7 +353,7 @@ TEST_P(Route, EveryFormGivesTheBitsOfTheCpu) {
       };
       const Outputs expected = run_on({DeviceType::kCPU, 0}, "");
       int forms_run = 0;
-      for (const char* policy : {"lanes=0", "lanes=8", "lanes=16", "lanes=32", ""}) {
+      for (const char* policy : {"lanes=0", "lanes=1", "lanes=8", "lanes=16", "lanes=32", "lanes=64", ""}) {
         SCOPED_TRACE(::testing::Message() << "E=" << form.num_experts << " K=" << form.top_k << " groups "
                                           << form.num_groups << " kind " << kind << " " << policy);
         try {

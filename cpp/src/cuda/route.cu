@@ -1,5 +1,6 @@
-// route: logits -> the k largest experts of every token and their weights. The packed form is in
-// route_packed.cuh; the general form, for any E and K, is here: a warp routes one token.
+// route: logits -> the k largest experts of every token and their weights. Forms for the usual sizes are in
+// route_thread.cuh, route_block.cuh and route_packed.cuh; the general form, for any E and K, is here: a warp
+// routes one token.
 //
 // Lane l holds experts l, l + 32, l + 64, ... in registers. Selection works on keys mapped to unsigned
 // integers of the same order, 0 for what cannot be selected: the largest of the warp and then the lowest
@@ -13,8 +14,10 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/policy_override.h"
 #include "cuda/route.cuh"
+#include "cuda/route_block.cuh"
 #include "cuda/route_packed.cuh"
 #include "cuda/route_policy.h"
+#include "cuda/route_thread.cuh"
 #include "cuda/runtime.h"
 
 namespace moecore::cuda {
@@ -416,28 +419,82 @@ auto select_packed_kernel(const RouteArgs& args, const RoutePolicy& policy) {
                    : select_packed_kernel<false, RouteKeys::kLogit>(policy);
 }
 
+template <int kExperts, bool kSoftmax, bool kScoreKeys>
+__global__ void __launch_bounds__(kRouteMaxThreads) route_thread_kernel(const RouteArgs args) {
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  for (std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * blockDim.x; begin < args.num_tokens;
+       begin += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t t = begin + threadIdx.x;
+    route_in_thread<kExperts, kSoftmax, kScoreKeys>(args, min(t, args.num_tokens - 1), t < args.num_tokens);
+  }
+}
+
+template <int kExperts>
+auto select_thread_kernel(const RouteArgs& args) {
+  if (args.scoring == Scoring::kSoftmax) return route_thread_kernel<kExperts, true, false>;
+  return args.bias ? route_thread_kernel<kExperts, false, true> : route_thread_kernel<kExperts, false, false>;
+}
+
+template <bool kSoftmax, RouteKeys kKeys>
+__global__ void __launch_bounds__(32 * kMaxBlockWarps) route_block_kernel(const RouteArgs args) {
+  __shared__ RouteBlockScratch scratch;
+  dev::wait_for_predecessor();
+  dev::release_successor();
+  route_in_block<kSoftmax, kKeys>(args, blockIdx.x, scratch);
+}
+
+auto select_block_kernel(const RouteArgs& args) {
+  if (args.scoring == Scoring::kSoftmax) return route_block_kernel<true, RouteKeys::kLogit>;
+  if (args.num_groups > 1) return route_block_kernel<false, RouteKeys::kGrouped>;
+  return args.bias ? route_block_kernel<false, RouteKeys::kScore>
+                   : route_block_kernel<false, RouteKeys::kLogit>;
+}
+
+auto select_kernel(const RouteArgs& args, const RoutePolicy& policy) {
+  switch (policy.form) {
+    case RouteForm::kThread:
+      return policy.per_lane == 8 ? select_thread_kernel<8>(args) : select_thread_kernel<16>(args);
+    case RouteForm::kBlock:
+      return select_block_kernel(args);
+    case RouteForm::kPacked:
+      return select_packed_kernel(args, policy);
+    default:
+      return select_kernel(args, policy.per_lane);
+  }
+}
+
 std::string describe(const RoutePolicy& policy) {
-  return "cuda, " +
-         (policy.lanes > 0 ? "lanes=" + std::to_string(policy.lanes) + " a token" : "a warp a token") + ", " +
-         std::to_string(policy.per_lane) + " experts a lane, threads=" + std::to_string(policy.threads) +
+  constexpr const char* kForms[] = {"general", "packed", "a thread a token", "a block a token"};
+  return std::string("cuda, ") + kForms[static_cast<int>(policy.form)] +
+         ", lanes=" + std::to_string(policy.lanes) + " a token, " + std::to_string(policy.per_lane) +
+         " experts a lane, threads=" + std::to_string(policy.threads) +
          " blocks=" + std::to_string(policy.blocks);
+}
+
+// The form that the knob `lanes` names: 0 general, 1 thread, 8 to 32 packed, 64 block.
+RoutePolicy policy_with_lanes(const RouteProblem& p, int lanes, int num_sms) {
+  if (lanes == 0) return general_route_policy(p, num_sms);
+  if (lanes == 1) return thread_route_policy(p, num_sms);
+  return lanes <= 32 ? packed_route_policy(p, lanes, num_sms) : block_route_policy(p, num_sms);
 }
 
 // The selected policy with the caller's changes.
 RoutePolicy choose_policy(const RouteProblem& p, int num_sms, std::string_view text) {
   RoutePolicy policy = select_route_policy(p, num_sms);
   if (text.empty()) return policy;
-  int lanes = policy.lanes, threads = 0, blocks = 0;
+  int lanes = -1, threads = 0, blocks = 0;
   override_policy("route", text,
-                  {{"lanes", &lanes, {0, 8, 16, 32}},
+                  {{"lanes", &lanes, {0, 1, 8, 16, 32, 64}},
                    {"threads", &threads, {32, 64, 128}},
                    {"blocks", &blocks, {132, 264, 528, 1056, 2112}}});
-  if (lanes != policy.lanes) {
-    policy = lanes == 0 ? general_route_policy(p, num_sms) : packed_route_policy(p, lanes, num_sms);
-    if (policy.lanes != lanes)
+  if (lanes >= 0) {
+    policy = policy_with_lanes(p, lanes, num_sms);
+    if (lanes > 0 && policy.form == RouteForm::kGeneral)
       throw InvalidArgument("route: policy is \"" + std::string(text) +
                             "\", expected lanes that can hold the experts and groups");
   }
+  if (policy.form == RouteForm::kBlock) return policy;  // its experts say how many threads, its tokens blocks
   if (threads > 0) policy.threads = threads;
   if (blocks > 0) policy.blocks = blocks;
   return policy;
@@ -456,14 +513,13 @@ void route(const RouteProblem& p, const ExecContext& ctx) {
   if (explained(ctx, "route", [&] { return describe(policy); })) return;
   if (p.num_tokens == 0) return;
 
-  const RouteArgs args = make_route_args(p, policy.lanes);
+  const RouteArgs args = make_route_args(p, policy.form == RouteForm::kPacked ? policy.lanes : 0);
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(policy.blocks)),
                             .block = dim3(policy.threads),
                             .stream = stream(ctx),
                             .dependent = true};
   const DeviceGuard guard(device);
-  launch("route", device, config,
-         policy.lanes > 0 ? select_packed_kernel(args, policy) : select_kernel(args, policy.per_lane), args);
+  launch("route", device, config, select_kernel(args, policy), args);
 }
 
 }  // namespace moecore::cuda

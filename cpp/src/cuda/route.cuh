@@ -6,11 +6,19 @@
 #include <cstdint>
 
 #include "cuda/device/math.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/route_policy.h"
 #include "ops/route.h"
 
 namespace moecore::cuda {
 
 inline constexpr unsigned kNone = 0;  // the ordered key of what cannot be selected
+
+/// Slots of a token in the packed and the block form.
+inline constexpr int kMaxPackedSlots = 16;
+
+/// What orders the experts: the logit, or score + bias, of all experts or of those of the best groups.
+enum class RouteKeys { kLogit, kScore, kGrouped };
 
 struct RouteArgs {
   const void* logits;
@@ -54,6 +62,32 @@ template <bool kSoftmax>
 __device__ __forceinline__ float score_of(const RouteArgs& args, float logit, float top, float sum) {
   if constexpr (kSoftmax) return dev::exp(logit - top) / sum;
   return args.scoring == Scoring::kSigmoid ? dev::sigmoid(logit) : logit;
+}
+
+// dev::exp(x) for x in [kNearest, 0], where the result is a normal number: the power of two is an addition.
+inline constexpr float kNearest = -86.0f;
+__device__ __forceinline__ float exp_near(float x) {
+  const auto [shifted, p] = dev::reduced_exp(x);
+  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+__device__ __forceinline__ float sigmoid_near(float x) {
+  const float e = exp_near(-fabsf(x));
+  return dev::divide_by_one_plus(x < 0.0f ? e : 1.0f, 1.0f + e);
+}
+
+// term[i] = e^(x[i] - top), for x[i] <= top. Every lane of the warp takes part.
+template <int kCount>
+__device__ __forceinline__ void exponentials(const float (&x)[kCount], float top, float (&term)[kCount]) {
+  bool far = false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    far = far || !(x[i] - top >= kNearest);
+    term[i] = exp_near(x[i] - top);
+  }
+  if (__any_sync(dev::kWholeWarp, far)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) term[i] = dev::exp(x[i] - top);
+  }
 }
 
 __device__ __forceinline__ float widen(unsigned raw, DType dtype) {

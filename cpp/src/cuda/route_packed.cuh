@@ -17,11 +17,7 @@
 
 namespace moecore::cuda {
 
-/// What orders the experts: the logit, or score + bias, of all experts or of those of the best groups.
-enum class RouteKeys { kLogit, kScore, kGrouped };
-
 inline constexpr int kMaxCandidates = 64;
-inline constexpr int kMaxPackedSlots = 16;
 
 /// A token's shared memory.
 struct RouteScratch {
@@ -40,17 +36,6 @@ __device__ __forceinline__ std::uint64_t packed_key(float key, int e) {
 }
 __device__ __forceinline__ int packed_expert(std::uint64_t packed) {
   return static_cast<int>(0xFFFFFFFFu - static_cast<unsigned>(packed));
-}
-
-// dev::exp(x) for x in [kNearest, 0], where the result is a normal number: the power of two is an addition.
-inline constexpr float kNearest = -86.0f;
-__device__ __forceinline__ float exp_near(float x) {
-  const auto [shifted, p] = dev::reduced_exp(x);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-__device__ __forceinline__ float sigmoid_near(float x) {
-  const float e = exp_near(-fabsf(x));
-  return dev::divide_by_one_plus(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 // Reductions over the kLanes lanes of a token.
@@ -158,16 +143,7 @@ struct PackedRouter {
     top = any ? largest : 0.0f;
 
     float term[kPerLane];
-    bool far = false;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      far = far || !(key[i] - top >= kNearest);
-      term[i] = exp_near(key[i] - top);
-    }
-    if (__any_sync(dev::kWholeWarp, far)) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) term[i] = dev::exp(key[i] - top);
-    }
+    exponentials(key, top, term);
     float total;
     if constexpr (kLanes == 8) {
       float even = 0.0f, odd = 0.0f;

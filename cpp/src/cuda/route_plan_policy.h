@@ -23,7 +23,8 @@ inline constexpr std::int64_t kRoutePlanMaxTokens = kRoutePlanMaxThreads / 32;
 inline RoutePlanPolicy fused_route_plan_policy(const RoutePlanProblem& p) {
   const std::int64_t num_tokens = p.route.num_tokens, num_routes = num_tokens * p.route.top_k;
   const RoutePolicy route = packed_route_policy(p.route, 32, 1);
-  if (route.lanes == 0 || route.per_lane > 8 || num_tokens == 0 || num_tokens > kRoutePlanMaxTokens)
+  if (route.form != RouteForm::kPacked || route.per_lane > 8 || num_tokens == 0 ||
+      num_tokens > kRoutePlanMaxTokens)
     return {};
   const std::int64_t expert_threads = (p.plan.num_experts + 31) / 32 * 32;
   const auto threads =

@@ -10,39 +10,31 @@ namespace moecore::cuda {
 
 inline constexpr int kRouteMaxThreads = 128;
 
+enum class RouteForm { kGeneral, kPacked, kThread, kBlock };
+
 struct RoutePolicy {
-  int lanes = 0;     // that share a token: 8, 16 or 32 in the packed form; 0: the general form, a warp
-  int per_lane = 1;  // experts that a lane holds in registers: 4, 8, 16 or 32 packed, general 1, 2, 4, ... 64
+  RouteForm form = RouteForm::kGeneral;
+  int lanes = 32;    // of a token: thread form 1, packed 8, 16 or 32, block form 64 to 256, general 32
+  int per_lane = 1;  // experts of a lane: thread form 8 or 16, packed 4, 8 or 16, general 1, 2, 4, ... 64
   int threads = 32;  // of a block
   int blocks = 1;
 };
+
+/// Whether experts can be ordered without dividing every score by a sum.
+inline bool orders_by_own_score(const RouteProblem& p) {
+  return p.scoring != Scoring::kSoftmax || (!p.bias && p.num_groups == 1);
+}
 
 /// Experts that a lane has in the packed form; 0 where the problem is not for it.
 inline std::int64_t packed_experts_per_lane(const RouteProblem& p, int lanes) {
   constexpr std::int64_t kMaxSlots = 16, kMaxPackedExperts = 512;
   const bool grouped = p.num_groups > 1;
   if (p.num_experts > kMaxPackedExperts || p.top_k > kMaxSlots) return 0;
-  if (p.scoring == Scoring::kSoftmax && (p.bias || grouped)) return 0;  // divides every score
+  if (!orders_by_own_score(p)) return 0;
   if (!grouped) return (p.num_experts + lanes - 1) / lanes;
   if (p.num_groups > lanes || lanes % p.num_groups != 0) return 0;
   const std::int64_t group_lanes = lanes / p.num_groups, group_size = p.num_experts / p.num_groups;
   return group_size % group_lanes == 0 ? group_size / group_lanes : 0;
-}
-
-/// The packed form with `lanes` lanes a token, or lanes = 0 where it cannot be.
-inline RoutePolicy packed_route_policy(const RouteProblem& p, int lanes, int num_sms) {
-  RoutePolicy policy{.lanes = lanes, .per_lane = lanes == 16 ? 8 : 4};
-  const std::int64_t needed = packed_experts_per_lane(p, lanes);
-  const int most = lanes == 8 ? 4 : 16;
-  while (policy.per_lane < needed && policy.per_lane < most) policy.per_lane *= 2;
-  if (needed == 0 || policy.per_lane < needed) return {};
-  const std::int64_t warps = (p.num_tokens * lanes + 31) / 32;
-  while (policy.threads < kRouteMaxThreads &&
-         warps > static_cast<std::int64_t>(policy.threads / 32) * num_sms)
-    policy.threads *= 2;
-  const std::int64_t per_block = policy.threads / 32;
-  policy.blocks = static_cast<int>(std::clamp<std::int64_t>((warps + per_block - 1) / per_block, 1, 1 << 20));
-  return policy;
 }
 
 inline RoutePolicy general_route_policy(const RouteProblem& p, int num_sms) {
@@ -58,19 +50,71 @@ inline RoutePolicy general_route_policy(const RouteProblem& p, int num_sms) {
   return policy;
 }
 
+/// The packed form with `lanes` lanes a token, or the general form where it cannot be.
+inline RoutePolicy packed_route_policy(const RouteProblem& p, int lanes, int num_sms) {
+  RoutePolicy policy{.form = RouteForm::kPacked, .lanes = lanes, .per_lane = lanes == 16 ? 8 : 4};
+  const std::int64_t needed = packed_experts_per_lane(p, lanes);
+  const int most = lanes == 8 ? 4 : 16;
+  while (policy.per_lane < needed && policy.per_lane < most) policy.per_lane *= 2;
+  if (needed == 0 || policy.per_lane < needed) return general_route_policy(p, num_sms);
+  const std::int64_t warps = (p.num_tokens * lanes + 31) / 32;
+  while (policy.threads < kRouteMaxThreads &&
+         warps > static_cast<std::int64_t>(policy.threads / 32) * num_sms)
+    policy.threads *= 2;
+  const std::int64_t per_block = policy.threads / 32;
+  policy.blocks = static_cast<int>(std::clamp<std::int64_t>((warps + per_block - 1) / per_block, 1, 1 << 20));
+  return policy;
+}
+
+inline constexpr int kMaxThreadExperts = 16, kMaxThreadSlots = 8;
+
+/// A thread a token, or the general form where it cannot be.
+inline RoutePolicy thread_route_policy(const RouteProblem& p, int num_sms) {
+  if (p.num_experts > kMaxThreadExperts || p.top_k > kMaxThreadSlots || p.num_groups > 1 ||
+      !orders_by_own_score(p))
+    return general_route_policy(p, num_sms);
+  RoutePolicy policy{.form = RouteForm::kThread, .lanes = 1, .per_lane = p.num_experts <= 8 ? 8 : 16};
+  while (policy.threads < kRouteMaxThreads &&
+         p.num_tokens > static_cast<std::int64_t>(policy.threads) * num_sms)
+    policy.threads *= 2;
+  policy.blocks = static_cast<int>(
+      std::clamp<std::int64_t>((p.num_tokens + policy.threads - 1) / policy.threads, 1, 1 << 20));
+  return policy;
+}
+
+inline constexpr int kMaxBlockWarps = 8;
+
+/// A block a token, or the general form where it cannot be: more than 32 candidates would be left to rank.
+inline RoutePolicy block_route_policy(const RouteProblem& p, int num_sms) {
+  constexpr std::int64_t kMaxSlots = 16, kMaxCandidates = 32;
+  const std::int64_t warps = (p.num_experts + 31) / 32;
+  const bool grouped = p.num_groups > 1;
+  const std::int64_t lists = grouped ? p.topk_groups : warps;
+  if (p.num_tokens > 1 << 30 || warps < 2 || warps > kMaxBlockWarps || p.top_k > kMaxSlots ||
+      lists * p.top_k > kMaxCandidates || (grouped && p.num_experts != 32 * p.num_groups) ||
+      !orders_by_own_score(p))
+    return general_route_policy(p, num_sms);
+  const int threads = static_cast<int>(32 * warps);
+  return {.form = RouteForm::kBlock,
+          .lanes = threads,
+          .threads = threads,
+          .blocks = static_cast<int>(std::max<std::int64_t>(p.num_tokens, 1))};
+}
+
 inline RoutePolicy select_route_policy(const RouteProblem& p, int num_sms) {
-  // Fewer lanes cost fewer instructions a token, more lanes less time for each: they pay while a warp a token
-  // leaves the SMs room, and for the many scores of grouped selection.
-  constexpr std::int64_t kFewTokensPerSm = 16, kFewExperts = 32;
-  const bool few_tokens = p.num_tokens <= kFewTokensPerSm * num_sms;
-  const bool few_experts = p.num_experts <= kFewExperts;
-  if (few_tokens && few_experts) return general_route_policy(p, num_sms);
-  const int lanes = few_experts ? 8 : few_tokens || p.num_groups > 1 ? 32 : 16;
-  for (int tried : {lanes, 32}) {
-    const RoutePolicy policy = packed_route_policy(p, tried, num_sms);
-    if (policy.lanes > 0) return policy;
+  // More lanes take less time for a token and more instructions: a block while an SM has up to 8 tokens, a
+  // warp up to 16, and a warp always for the many scores of grouped selection. E128 K8 on an H200, us: 1.7 in
+  // blocks and 2.3 in warps for one token, 2.9 and 3.1 for 1024, 4.4 and 3.4 for 2048.
+  auto at_most_per_sm = [&](std::int64_t n) { return p.num_tokens <= n * num_sms; };
+  const bool few_experts = p.num_experts <= 32;
+  RoutePolicy policy = thread_route_policy(p, num_sms);
+  if (policy.form == RouteForm::kGeneral && at_most_per_sm(8)) policy = block_route_policy(p, num_sms);
+  if (policy.form != RouteForm::kGeneral || (few_experts && at_most_per_sm(16))) return policy;
+  for (int lanes : {few_experts ? 8 : at_most_per_sm(16) || p.num_groups > 1 ? 32 : 16, 32}) {
+    policy = packed_route_policy(p, lanes, num_sms);
+    if (policy.form == RouteForm::kPacked) break;
   }
-  return general_route_policy(p, num_sms);
+  return policy;
 }
 
 }  // namespace moecore::cuda
