@@ -12,7 +12,7 @@ namespace moecore::cuda {
 struct ActivatePolicy {
   int vectors = 1;    // 1: 16-byte accesses, 0: element by element
   int threads = 256;  // of a block
-  std::int64_t blocks = 1;
+  int rows = 1;       // that a thread reads before it computes: 1 or 2; element by element 1
 };
 
 inline ActivatePolicy select_activate_policy(const ActivateProblem& p, int num_sms, int max_threads_per_sm) {
@@ -25,12 +25,22 @@ inline ActivatePolicy select_activate_policy(const ActivateProblem& p, int num_s
   ActivatePolicy policy;
   policy.vectors =
       aligned(p.x, p.x_stride) && aligned(p.out, p.out_stride) && p.inter * element % kVectorBytes == 0;
-  const std::int64_t units = p.rows * (policy.vectors ? p.inter * element / kVectorBytes : p.inter);
-  // Few units: narrow blocks on many SMs. Many: as many blocks as stay resident, each walking the problem.
-  while (policy.threads > 64 && units < static_cast<std::int64_t>(policy.threads) * num_sms)
-    policy.threads /= 2;
-  const std::int64_t resident = static_cast<std::int64_t>(max_threads_per_sm / policy.threads) * num_sms;
-  policy.blocks = std::clamp<std::int64_t>((units + policy.threads - 1) / policy.threads, 1, 4 * resident);
+  const std::int64_t columns =
+      std::max<std::int64_t>(1, policy.vectors ? p.inter * element / kVectorBytes : p.inter);
+  auto idle = [&](int threads) { return (columns + threads - 1) / threads * threads - columns; };
+  // Two rows a thread once that leaves a round of resident threads, in the narrowest blocks that waste few.
+  const std::int64_t resident = static_cast<std::int64_t>(max_threads_per_sm) * num_sms;
+  if (policy.vectors && p.rows * columns >= 2 * resident) {
+    policy.rows = 2;
+    policy.threads = 64;
+    for (int threads : {96, 128})
+      if (idle(threads) < idle(policy.threads)) policy.threads = threads;
+    return policy;
+  }
+  // Few columns: narrow blocks on many SMs. Of the sizes around it, the one that wastes fewest lanes.
+  auto slices = [&] { return (columns + policy.threads - 1) / policy.threads; };
+  while (policy.threads > 64 && p.rows * slices() < 2 * num_sms) policy.threads /= 2;
+  policy.threads = static_cast<int>(((columns + slices() - 1) / slices() + 31) / 32 * 32);
   return policy;
 }
 
