@@ -320,6 +320,44 @@ TEST(PolicyQuantize, BlocksCoverEveryRowAndItsScales) {
             }
 }
 
+TEST(PolicyQuantize, ManyRowsOfE4m3AloneTakeFewRowsABlock) {
+  auto tasks = [](const QuantFormat& format, std::int64_t rows, std::int64_t cols, bool activated) {
+    QuantizeProblem p;
+    p.format = format;
+    p.dtype = DType::kBF16;
+    p.x = address(16);
+    p.data = static_cast<std::uint8_t*>(address(16));
+    p.x_stride = p.cols = p.padded_cols = p.data_pitch = cols;
+    p.rows = p.out_rows = rows;
+    if (activated) p.activation = Activation{};
+    return cuda::select_quantize_policy(p, 132).tasks;
+  };
+  for (const QuantFormat& format :
+       {QuantFormat::fp8_block128(), QuantFormat::fp8_tensor_static(), QuantFormat::mxfp8()}) {
+    EXPECT_EQ(tasks(format, 8192, 4096, false), 1);
+    EXPECT_EQ(tasks(format, 8192, 7168, false), 2);
+    EXPECT_EQ(tasks(format, 8192, 4096, true), 4);
+  }
+  for (const QuantFormat& format : {QuantFormat::nvfp4(), QuantFormat::mxfp4()}) {
+    EXPECT_EQ(tasks(format, 8192, 4096, false), 4);
+    EXPECT_EQ(tasks(format, 16, 4096, false), 1);
+  }
+}
+
+TEST(PolicyQuantize, FewRowsOfExpertsTakeABlockEach) {
+  for (std::int64_t cols : {512, 2048, 2880, 4096}) {
+    QuantizeProblem p;
+    p.format = QuantFormat::nvfp4();
+    p.dtype = DType::kBF16;
+    p.x = address(16);
+    p.data = static_cast<std::uint8_t*>(address(16));
+    p.x_stride = p.cols = p.padded_cols = p.data_pitch = cols;
+    p.rows = p.out_rows = 32;
+    p.experts.num_experts = 128;
+    EXPECT_EQ(cuda::row_parts(cuda::select_quantize_policy(p, 132), cols), 1) << cols;
+  }
+}
+
 TEST(PolicyQuantize, WholeUnitsNeedAlignmentAndNoTail) {
   QuantizeProblem p;
   p.format = QuantFormat::fp8_block128();
