@@ -18,6 +18,9 @@ OUTPUT = f"""\
 4 5 6
 0 0 0
 1 2 3
+79 7c 7e
+0 0 0
+71 79 7e
 moecore {moecore.__version__}: shuffle_rows: map is f32[3,3] cpu, expected dtype i32|i64
 """
 

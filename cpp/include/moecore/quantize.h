@@ -33,7 +33,7 @@
 #include "moecore/context.h"
 #include "moecore/plan.h"
 
-namespace moecore {
+namespace [[gnu::visibility("default")]] moecore {
 
 enum class QuantKind : std::uint8_t { kFp8, kNvfp4, kMxfp8, kMxfp4 };
 
