@@ -4,10 +4,10 @@
     PYTHONPATH=build/dev/python python bench/report.py            # rewrites them
     PYTHONPATH=build/dev/python python bench/report.py --check    # exit 1 if anything would change
 
-Reads every file that `moecore bench --out` wrote there. A time holds beside those of its own run only, so
-where files of one machine hold a case twice, the run with more peers counts, then the later one. Text is
-replaced between `<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need matplotlib; the same results give
-the same bytes, but for the last digit of a coordinate on another CPU.
+Reads every file that `moecore bench --out` wrote there. Where files of one machine hold a case twice the
+later one counts, with its peers: a time holds beside those of its own run only. Text is replaced between
+`<!-- bench:NAME -->` and `<!-- /bench -->`. Pictures need matplotlib; the same results give the same bytes,
+but for the last digit of a coordinate on another CPU.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ TITLES = {
     "grouped_gemm.up": "The first product, `grouped_gemm` with N = 2I",
     "grouped_gemm.down": "The second product, `grouped_gemm` with N = H",
 }
-STRONGEST = {"fused_experts": "vllm", "grouped_gemm": "deep_gemm"}
-EARLIER = "h200-layer-bf16-2026-11-21.jsonl"  # of a driver of its own, beside vLLM's Triton and DeepGEMM
+BEHIND = 0.97  # a ratio below says that a peer is faster, and not by noise
 LAYER_DTYPES = ("bf16", "fp8_block128", "mxfp4")
 
 
@@ -53,16 +52,8 @@ class Machine:
         return [t for (_, by), t in self.times.items() if by == "moecore"]
 
     def best_peer(self, case: str) -> dict[str, Any] | None:
-        """The fastest peer whose result was right, or could not be compared.
-
-        None where the run lacked the library that is known to be the fastest for the op: a ratio to the
-        others would say little.
-        """
+        """The fastest peer whose result was right, or could not be compared."""
         peers = [t for (c, by), t in self.times.items() if c == case and by != "moecore"]
-        op = case.partition("/")[0].partition(".")[0]
-        needed = STRONGEST.get(op) if self.is_gpu else None
-        if needed is not None and all(t["peer"] != needed for t in peers):
-            return None
         return min((t for t in peers if t.get("check") != "FAIL"), key=lambda t: t["us"], default=None)
 
 
@@ -82,11 +73,9 @@ def load(folder: Path) -> list[Machine]:
         machine = machines.setdefault(name, Machine(name, hardware["device"] != "cpu", [], {}))
         machine.runs.append(records[0])
         for case, found in by_case(records[1:]).items():
-            held = [key for key in machine.times if key[0] == case]
-            if len(found) >= len(held):
-                for key in held:
-                    del machine.times[key]
-                machine.times |= {(case, by): record for by, record in found.items()}
+            for key in [key for key in machine.times if key[0] == case]:
+                del machine.times[key]
+            machine.times |= {(case, by): record for by, record in found.items()}
     return sorted(machines.values(), key=lambda m: (not m.is_gpu, m.name))
 
 
@@ -216,53 +205,35 @@ def mean(values: Iterable[float]) -> float:
     return math.exp(sum(math.log(v) for v in found) / len(found))
 
 
-def earlier(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The bf16 layers of the earlier file: model, then T."""
-    path = results / EARLIER
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            if record["what"] == "layer":
-                name = next(m for m in MODELS if m.startswith(record["model"]))
-                found.setdefault(name, {})[record["tokens"]] = record
-    return found
-
-
-def earlier_table(results: Path) -> str:
-    """Microseconds of moecore, and of the faster of vLLM's Triton layer and torch over it."""
-    layers = earlier(results)
-    tokens = sorted({t for cells in layers.values() for t in cells})
-    lines = ["| layer | " + " | ".join(f"T={t}" for t in tokens) + " |", "|---|" + "---|" * len(tokens)]
-    for model, cells in layers.items():
-        texts = (
-            f"{number(cells[t]['moecore_us'])} {cells[t]['best_peer_over_moecore']:.2f}x"
-            if t in cells
-            else ""
-            for t in tokens
-        )
-        lines.append(f"| {model} | " + " | ".join(texts) + " |")
+def behind(machine: Machine) -> str:
+    """Per op and type, the cases in which a peer is faster."""
+    groups: dict[tuple[str, str], list[tuple[float, dict[str, Any], dict[str, Any]]]] = {}
+    for t in machine.ours():
+        peer = machine.best_peer(t["case"])
+        if peer is not None:
+            groups.setdefault((op_key(t), t["dtype"]), []).append((peer["us"] / t["us"], t, peer))
+    keys = op_keys(machine)
+    lines = ["| op | type | cases behind | T | worst |", "|---|---|---|---|---|"]
+    for (key, dtype), found in sorted(groups.items(), key=lambda g: keys.index(g[0][0])):
+        slower = [case for case in found if case[0] < BEHIND]
+        if slower:
+            ratio, ours, peer = min(slower, key=lambda case: case[0])
+            tokens = sorted({t["tokens"] for _, t, _ in slower})
+            lines.append(
+                f"| `{key}` | {dtype} | {len(slower)} of {len(found)} | {', '.join(map(str, tokens))} | "
+                f"{ratio:.2f}x, {ours['model']} at T = {ours['tokens']}, {peer['by']} |"
+            )
     return "\n".join(lines)
 
 
-def readme(machines: list[Machine], results: Path) -> str:
+def readme(machines: list[Machine]) -> str:
     """The layer at a few batch sizes, in milliseconds."""
     lines = ["| machine | layer | weights | T | moecore | fastest other |", "|---|---|---|---|---|---|"]
     models = ("qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3")
-    before = earlier(results)
-    for model in (m for m in models if m in before):
-        counts = [t for t in (1, 64, 1024, 4096) if t in before[model]]
-        cells = [before[model][t] for t in counts]
-        ours = " / ".join(f"{c['moecore_us'] / 1e3:.3g}" for c in cells)
-        others = " / ".join(f"{c['moecore_us'] * c['best_peer_over_moecore'] / 1e3:.3g}" for c in cells)
-        lines.append(
-            f"| H200 | {model} | bf16 | {' / '.join(map(str, counts))} | {ours} | "
-            f"{others} (vLLM's Triton or torch) |"
-        )
     for machine in machines:
         times = {t["case"]: t for t in machine.ours() if t["op"] == "fused_experts"}
         for model in models:
-            for dtype in LAYER_DTYPES[1:] if machine.is_gpu and model in before else LAYER_DTYPES:
+            for dtype in LAYER_DTYPES:
                 cases = [f"fused_experts/{model}/T{t}/{dtype}" for t in (1, 64, 1024, 4096)]
                 cases = [c for c in cases if c in times]
                 if not cases:
@@ -500,11 +471,15 @@ PICTURES: dict[str, Callable[[Machine], bytes]] = {
 def build(results: Path, root: Path) -> dict[Path, bytes]:
     """Every file that the results determine, with its contents."""
     machines = load(results)
-    blocks = {"readme": readme(machines, results), "gpu-earlier": earlier_table(results)}
+    blocks = {"readme": readme(machines)}
     files: dict[Path, bytes] = {}
     for machine in machines:
         tag = "gpu" if machine.is_gpu else "cpu"
-        blocks |= {f"{tag}-summary": summary(machine), f"{tag}-tables": tables(machine)}
+        blocks |= {
+            f"{tag}-summary": summary(machine),
+            f"{tag}-behind": behind(machine),
+            f"{tag}-tables": tables(machine),
+        }
         for name, draw in PICTURES.items():
             if name in ("time", "roofline-layer") and "fused_experts" not in op_keys(machine):
                 continue
