@@ -11,6 +11,7 @@
 #include "cuda/activate_policy.h"
 #include "cuda/decode/policy.h"
 #include "cuda/finalize_policy.h"
+#include "cuda/grouped_gemm/policy.h"
 #include "cuda/permute_policy.h"
 #include "cuda/plan_policy.h"
 #include "cuda/policy_override.h"
@@ -438,6 +439,41 @@ TEST(PolicyTuning, ALineHoldsWhereEveryConditionDoes) {
       EXPECT_EQ(rule.matches({.rows = rows, .sms = sms}), rows >= 8 && rows <= 64 && sms == 132)
           << rows << " rows, " << sms << " SMs";
   EXPECT_TRUE(TuningRule{}.matches({}));
+}
+
+TEST(PolicyGroupedGemm, TilesFitTheCopyEngineAndTheWorkspace) {
+  for (const auto& tilings : cuda::sm90::kTileConfigs)
+    for (const cuda::sm90::TileConfig& config : tilings) {
+      SCOPED_TRACE(config.name);
+      EXPECT_LE(config.threads(), kMaxThreads);
+      EXPECT_LE(config.rows(), 256);  // of a box of the copy engine
+      EXPECT_EQ(config.max_tokens % 8, 0);
+      if (config.stream_k) {
+        EXPECT_LE(config.warpgroups, cuda::sm90::StreamK::kMaxWarpgroups);
+        EXPECT_LE(static_cast<std::size_t>(config.rows() * config.max_tokens),
+                  cuda::sm90::StreamK::kSlotFloats);
+      }
+    }
+}
+
+// gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.
+TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
+  struct Choice {
+    std::int64_t tokens;
+    int prefill, stream_k;
+  };
+  for (OperandForm weights : {OperandForm::kMxfp4, OperandForm::kNvfp4})
+    for (std::int64_t weight_rows : {5760, 2880})
+      for (const Choice& best :
+           {Choice{1, 0, 1}, Choice{8, 0, 1}, Choice{64, 0, 1}, Choice{256, 0, 0}, Choice{512, 0, 0},
+            Choice{1024, 0, 0}, Choice{4096, 1, 0}, Choice{16384, 1, 0}}) {
+        SCOPED_TRACE(::testing::Message() << best.tokens << " tokens, " << weight_rows << " weight rows");
+        const cuda::sm90::Policy policy = cuda::sm90::select_policy(
+            {OperandForm::kFloat, weights}, 4 * best.tokens, 128, weight_rows, 2880, 132);
+        EXPECT_EQ(policy.prefill, best.prefill);
+        EXPECT_EQ(policy.stream_k, best.stream_k);
+        EXPECT_EQ(policy.max_tokens, best.prefill ? 192 : 32);
+      }
 }
 
 TEST(PolicyDecode, StepsCoverTheDepthAndStagesFit) {

@@ -43,27 +43,43 @@ constexpr double weight_bytes(FormPair forms) {
   }
 }
 
+/// Uniform routing to so many on average rarely gives an expert more than the 32 of a narrow tile.
+inline constexpr double kOneTileRows = 20;
+
+/// What decides between tilings, measured on an H200.
+struct Limits {
+  double decode_rows;   // up to so many an expert narrow tiles win
+  double stream_waves;  // below so many stream-K wins ...
+  double stream_rows;   // ... and up to so many rows an expert whatever the waves ...
+  double stream_bytes;  // ... if there are more weights to read: the parts' exchange takes 2 to 3 us
+};
+constexpr Limits limits(Family family) {
+  // fp4, gpt-oss. Narrow tiles read an expert's weights again for every 32 tokens. Estimated to cost as much
+  // as wide ones at 34 rows: measured are 487 us at 16 rows and the wide tiles' 844 at 32. Tiles are short,
+  // so with more tokens the parts' exchange costs more than a last wave's idle blocks: of stream-K, 2 rows
+  // gain 3 to 7 %, 8 rows lose 2, 16 rows lose 15.
+  if (family == Family::kDecoded)
+    return {.decode_rows = 34, .stream_waves = 1, .stream_rows = 4, .stream_bytes = 15e6};
+  // Below five waves the last one would leave up to half the chip idle.
+  return {.decode_rows = kOneTileRows, .stream_waves = 5, .stream_rows = 0, .stream_bytes = 60e6};
+}
+
 inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_experts,
                             std::int64_t weight_rows, std::int64_t k, int num_sms) {
-  // Below five waves the last one would leave up to half the chip idle.
-  constexpr double kStreamBelowWaves = 5;
-  // The parts' exchange takes 2 to 3 us, which shorter streams do not win back.
-  constexpr double kStreamBytes = 60e6;
-  // Uniform routing to 20 rows on average rarely gives an expert more than the 32 of a decode tile.
-  constexpr double kDecodeRows = 20;
-
   Policy policy;
   policy.family = family_of(forms);
   const double e = static_cast<double>(num_experts);
   policy.experts = e * (1 - std::pow(1 - 1 / e, static_cast<double>(rows)));
   policy.rows_per_expert = static_cast<double>(rows) / std::max(1.0, policy.experts);
-  policy.prefill = policy.rows_per_expert > kDecodeRows;
+  const Limits limit = limits(policy.family);
+  policy.prefill = policy.rows_per_expert > limit.decode_rows;
   const TileConfig config = policy.tiles();
   policy.max_tokens = config.max_tokens;
-  policy.evict_weights = !policy.prefill;
-  const double waves = policy.experts * std::ceil(static_cast<double>(weight_rows) / kTileRows) / num_sms;
+  policy.evict_weights = policy.rows_per_expert <= kOneTileRows;
+  const double waves = policy.experts * std::ceil(static_cast<double>(weight_rows) / config.rows()) / num_sms;
   const double bytes = policy.experts * weight_bytes(forms) * static_cast<double>(weight_rows * k);
-  policy.stream_k = config.stream_k && waves < kStreamBelowWaves && bytes > kStreamBytes;
+  policy.stream_k = config.stream_k && bytes > limit.stream_bytes &&
+                    (waves < limit.stream_waves || policy.rows_per_expert <= limit.stream_rows);
   return policy;
 }
 

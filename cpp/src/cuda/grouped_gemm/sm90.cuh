@@ -1,21 +1,22 @@
 #pragma once
 // Grouped GEMM on Hopper: out[r, f] = epilogue(sum_k weights[e(r), f, k] * x[row(r), k]), f32 accumulation.
 //
-// "Swap-AB": the weights are wgmma's A (M) operand and the tokens its B (N) operand, so a tile computes 256
-// weight rows for any multiple of 8 tokens, and the width is chosen tile by tile inside the kernel.
+// "Swap-AB": the weights are the tensor cores' A (M) operand and the tokens their B (N) operand, so a tile
+// computes its weight rows for any multiple of 8 tokens, and the width is chosen tile by tile inside the
+// kernel.
 //
-// A persistent block of 384 threads:
-//   warp 8      copies weights with the copy engine and says what a step belongs to;
-//   warps 9-11  gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine;
-//   warps 0-7   two warpgroups: wgmma over a ring of steps of K, then the epilogue, from registers through
-//               transposing buffers of 16 tokens x 64 columns, so that whole 128-byte lines of out are
-//               written.
-// full[s]: the weights' bytes and 96 gathering threads have arrived. empty[s]: 8 consumer warps are done.
+// A persistent block of 2, 3 or 4 warpgroups that compute, and one that brings what they read:
+//   its first warp  copies weights with the copy engine and says what a step belongs to;
+//   the other three gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine;
+//   those before    multiply over a ring of steps of K, then run the epilogue, from registers through
+//                   transposing buffers of 16 tokens x 64 columns or 32 x 32, so that whole lines of out, or
+//                   halves, are written.
+// full[s]: the weights' bytes and 96 gathering threads have arrived. empty[s]: all consumer warps are done.
 //
-// The 256 weight rows of a step stand as [block 2][warpgroup 2][64]. When gated, every block is a box of its
-// own that alternates eight gate and eight up rows, of columns 0-7 of every 16 in block 0 and of 8-15 in
-// block 1: the two values of a column meet in one thread, and a warpgroup's blocks make 64 adjacent columns
-// of out.
+// The weight rows of a step stand as [block][warpgroup][64]. When gated, every block is a box of its own that
+// alternates eight gate and eight up rows; of two blocks the first has columns 0-7 of every 16 and the second
+// 8-15. So the two values of a column meet in one thread, and a warpgroup's blocks make 32 or 64 adjacent
+// columns of out.
 //
 // Work is dealt out by whole tiles or, stream-K, by equal runs of steps, when whole tiles would leave blocks
 // idle. A run starts inside a tile: that part's f32 sums go to the block's slot of the workspace. The block
@@ -24,7 +25,6 @@
 //
 // How a step becomes sums is a main loop (sm90_float.cuh, sm90_fp8.cuh, sm90_decoded.cuh):
 //   static constexpr Family kFamily
-//   kProducerRegisters, kConsumerRegisters
 //   Element, Out             what tokens are copied as, and what is stored
 //   kStepK                   depth of a step
 //   kWeightLineBytes         of a step, of one weight row
@@ -48,12 +48,9 @@
 
 namespace moecore::cuda::sm90 {
 
-inline constexpr int kWarpgroups = 2;  // that compute
-inline constexpr int kBlocks = 2;      // of 64 weight rows in each
-inline constexpr int kConsumerWarps = 4 * kWarpgroups;
 inline constexpr int kGatherThreads = 96;
 inline constexpr int kGatherRows = kGatherThreads / 8;  // eight 16-byte pieces make a row of a step
-inline constexpr int kBufferBytes = 2048;               // 16 tokens x 64 columns
+inline constexpr int kBufferBytes = 2048;               // 16 tokens x 64 columns or 32 x 32
 
 /// A tile, or the steps [begin, end) of it.
 struct Work {
@@ -65,12 +62,12 @@ struct Work {
 template <class Loop, Tiling kTiling>
 struct Smem {
   static constexpr TileConfig kConfig = tile_config(Loop::kFamily, kTiling);
-  static constexpr int kWeightBytes = kTileRows * Loop::kWeightLineBytes;
+  static constexpr int kWeightBytes = kConfig.rows() * Loop::kWeightLineBytes;
   static constexpr int kTokenLineBytes = kConfig.max_tokens * kLineBytes;  // one line of every token
 
   alignas(1024) std::byte weights[kConfig.stages][kWeightBytes];
   alignas(1024) std::byte tokens[kConfig.stages][Loop::kTokenLines][kTokenLineBytes];
-  std::byte buffer[kWarpgroups][2][kBufferBytes];
+  std::byte buffer[kConfig.warpgroups][2][kBufferBytes];
   [[no_unique_address]] typename Loop::template Extra<kConfig.max_tokens> extra[kConfig.stages];
   alignas(16) std::uint32_t sources[kGatherRows][(kConfig.max_tokens + 47) / 48 * 4];  // of the tile's rows
   Work work[kConfig.stages];  // that the step in the stage belongs to
@@ -99,16 +96,32 @@ struct RingPosition {
   }
 };
 
-template <class Loop_, class Form_, Tiling kTiling>
+template <class Loop_, class Form_, Tiling kTiling_>
 struct SwapAb {
   using Loop = Loop_;
   using Form = Form_;
   using T = typename Loop::Out;
+  static constexpr Tiling kTiling = kTiling_;
   using Shared = Smem<Loop, kTiling>;
   static constexpr TileConfig kConfig = Shared::kConfig;
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
-  static constexpr int kTileColumns = Form::kGated ? kTileRows / 2 : kTileRows;  // of out
+  static constexpr bool kEveryWidth = typename Loop::template Widths<kTiling>{}.size() == kMaxTokens / 8;
+  static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
+  static constexpr int kBlockRows = 64 * kWarpgroups, kTileRows = kConfig.rows();  // of weights
+  static constexpr int kTileColumns = Form::kGated ? kTileRows / 2 : kTileRows;    // of out
+  static constexpr int kStoredColumns = Form::kGated ? 32 * kBlocks : 64;          // by a warpgroup at a time
+
+  // What a thread gets at launch; the producers leave a part of it to the consumers. Whoever asks for more
+  // than there is waits for ever.
+  static constexpr int kLaunchRegisters = 65536 / kConfig.threads() / 8 * 8, kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters =
+      ((kWarpgroups + 1) * kLaunchRegisters - kProducerRegisters) / kWarpgroups / 8 * 8;
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                (kWarpgroups + 1) * kLaunchRegisters);
+  static_assert(!kConfig.stream_k ||
+                (kWarpgroups <= StreamK::kMaxWarpgroups && kTileRows * kMaxTokens <= StreamK::kSlotFloats));
 
   Shared& s;
   const GroupedGemmArgs& args;
@@ -153,7 +166,7 @@ struct SwapAb {
     int next_, end_;
   };
 
-  // ---- warp 8
+  // ---- the warp that copies
   __device__ __forceinline__ void copy_weights(const CUtensorMap& weights, bool evict_weights) {
     const bool leader = threadIdx.x % 32 == 0;
     Queue queue(*this);
@@ -183,7 +196,7 @@ struct SwapAb {
     }
   }
 
-  /// One box of 256 rows; when gated, one box of 128 for each block.
+  /// One box of all rows; when gated, one for each block.
   static __device__ __forceinline__ void copy_weight_rows(const CUtensorMap& map, const Tile& tile, int step,
                                                           std::byte* to, std::uint64_t* full, bool evict) {
     constexpr int kBoxes = Form::kGated ? kBlocks : 1;
@@ -191,18 +204,18 @@ struct SwapAb {
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
       const int row = Form::kGated ? 8 * b : tile.weight_tile * kTileRows;
-      const int columns16 = Form::kGated ? tile.weight_tile * (kTileRows / 32) : 0;
+      const int units = Form::kGated ? tile.weight_tile * (kTileColumns / (8 * kBlocks)) : 0;
       std::byte* box = to + b * (kTileRows / kBoxes) * Loop::kWeightLineBytes;
       if (evict)
-        copy_box(box, &map, full, k, row, 0, columns16, tile.expert, policy_evict_first());
+        copy_box(box, &map, full, k, row, 0, units, tile.expert, policy_evict_first());
       else
-        copy_box(box, &map, full, k, row, 0, columns16, tile.expert);
+        copy_box(box, &map, full, k, row, 0, units, tile.expert);
     }
   }
 
-  // ---- warps 9-11: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of every
-  // step. The columns that pad a tile to a multiple of 8 repeat its first row: they are computed and not
-  // stored.
+  // ---- the gathering warps: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of
+  // every step. The columns that pad a tile to a multiple of 8 repeat its first row: they are computed and
+  // not stored.
   __device__ __forceinline__ void gather_tokens() {
     // Wide tiles take four rows at a time, to save instructions: what is too much lands in rows that no tile
     // has.
@@ -277,7 +290,8 @@ struct SwapAb {
     const EpilogueArgs& e = args.epilogue;
     if constexpr (Form::kGated) {
       const int column =
-          min(e.columns - 1, tile.weight_tile * kTileColumns + row % 128 / 16 * 16 + row / 128 * 8 + row % 8);
+          min(e.columns - 1, tile.weight_tile * kTileColumns + row % kBlockRows / 16 * (8 * kBlocks) +
+                                 row / kBlockRows * 8 + row % 8);
       return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
     } else {
       return min(e.columns - 1, tile.weight_tile * kTileRows + row);
@@ -287,10 +301,10 @@ struct SwapAb {
   /// Weight row of a block that this consumer thread holds as `half` 0 or, eight rows down, 1.
   __device__ __forceinline__ std::int64_t weight_row(const Tile& tile, int block, int half) const {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    return tile_row(tile, block * 128 + warpgroup * 64 + warp * 16 + threadIdx.x % 32 / 4 + half * 8);
+    return tile_row(tile, block * kBlockRows + warpgroup * 64 + warp * 16 + threadIdx.x % 32 / 4 + half * 8);
   }
 
-  // ---- warps 0-7
+  // ---- the computing warpgroups
   __device__ __forceinline__ void compute() {
     Ring at;
     for (;;) {
@@ -305,7 +319,7 @@ struct SwapAb {
   template <int... kWidths>
   __device__ __forceinline__ void compute_of_width(const Work& work, int eighths, Ring& at,
                                                    std::integer_sequence<int, kWidths...>) {
-    if constexpr (sizeof...(kWidths) == kMaxTokens / 8)
+    if constexpr (kEveryWidth)
       ((eighths == kWidths / 8 ? (compute<kWidths>(work, at), true) : false) || ...);
     else
       ((eighths <= kWidths / 8 ? (compute<kWidths>(work, at), true) : false) || ...);
@@ -348,14 +362,14 @@ struct SwapAb {
   __device__ __forceinline__ bool add_parts(const Work& work, float (&d)[kBlocks][kTokens / 2]) {
     constexpr int kFloats = kBlocks * kTokens / 2;
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-    float* sums = stream_k.sums + warpgroup * (StreamK::kSlotFloats / 2) + thread;
+    float* sums = stream_k.sums + warpgroup * (StreamK::kSlotFloats / kWarpgroups) + thread;
     if (work.begin > 0) {
       float* mine = sums + blockIdx.x * StreamK::kSlotFloats;
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) __stcg(mine + i * 128, d[i / (kTokens / 2)][i % (kTokens / 2)]);
       __threadfence();
       warpgroup_sync(warpgroup);
-      if (thread == 0) store_release(&stream_k.flags[2 * blockIdx.x + warpgroup], StreamK::kRaised);
+      if (thread == 0) store_release(&stream_k.flags[kWarpgroups * blockIdx.x + warpgroup], StreamK::kRaised);
       return false;
     }
     const int tile_end = (work.number + 1) * steps;
@@ -364,7 +378,7 @@ struct SwapAb {
       const int block_end = min(tile_end, first_step(block + 1));
       if (block_end == reached) continue;  // it has no steps at all
       reached = block_end;
-      unsigned long long* flag = &stream_k.flags[2 * block + warpgroup];
+      unsigned long long* flag = &stream_k.flags[kWarpgroups * block + warpgroup];
       while (load_acquire(flag) != StreamK::kRaised) {
       }
       const float* theirs = sums + block * StreamK::kSlotFloats;
@@ -384,11 +398,11 @@ struct SwapAb {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     warpgroup_sync(warpgroup);  // the buffers of the tile before have been read
     if constexpr (Form::kGated) {
-      const int column = tile.weight_tile * kTileColumns + warpgroup * 64;
+      const int column = tile.weight_tile * kTileColumns + warpgroup * kStoredColumns;
       BiasPair bias[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m)
-        bias[m] = bias_pair<T, Form>(e, tile.expert, column + warp * 16 + m * 8 + lane / 4);
+        bias[m] = bias_pair<T, Form>(e, tile.expert, column + warp * (8 * kBlocks) + m * 8 + lane / 4);
       store_columns<kTokens, 0>(tile, column, [&](int g, int m) {
         const float a0 = d[m][g * 4] + bias[m].first, a1 = d[m][g * 4 + 1] + bias[m].first;
         const float b0 = d[m][g * 4 + 2] + bias[m].second, b1 = d[m][g * 4 + 3] + bias[m].second;
@@ -397,7 +411,7 @@ struct SwapAb {
       });
     } else {
       auto store_block = [&]<int kBlock>() {
-        const int column = tile.weight_tile * kTileRows + kBlock * 128 + warpgroup * 64;
+        const int column = tile.weight_tile * kTileRows + kBlock * kBlockRows + warpgroup * 64;
         const BiasPair bias = bias_pair<T, Form>(e, tile.expert, column + warp * 16 + lane / 4);
         store_columns<kTokens, kBlock>(tile, column, [&](int g, int half) {
           const float b = half ? bias.second : bias.first;
@@ -406,54 +420,63 @@ struct SwapAb {
         });
       };
       store_block.template operator()<0>();
-      store_block.template operator()<1>();
+      if constexpr (kBlocks == 2) store_block.template operator()<1>();
     }
   }
 
-  /// A warpgroup's 64 columns of all tokens, the kBlock-th of a tile. pack(g, half): this lane's two tokens
-  /// of group g in its column of the left or right eight of the warp's sixteen.
+  /// A warpgroup's columns of all tokens, the kBlock-th of a tile. pack(g, half): this lane's two tokens of
+  /// group g in its column of the left or right eight of the warp's columns.
   template <int kTokens, int kBlock, class Pack>
   __device__ __forceinline__ void store_columns(const Tile& tile, int first_column, const Pack& pack) {
-    constexpr int kGroups = kTokens / 8, kChunks = (kGroups + 1) / 2;
+    // A matrix holds eight tokens of eight columns; a warp stores four at once.
+    constexpr int kHalves = kStoredColumns / 32, kGroupsAtOnce = 4 / kHalves;
+    constexpr int kGroups = kTokens / 8, kChunks = (kGroups + kGroupsAtOnce - 1) / kGroupsAtOnce;
+    constexpr int kPieces = kStoredColumns / 8;  // of 16 bytes in a row
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32,
               lane = thread % 32;
-    // Rows of 128 bytes; a row's eight pieces are swizzled so that eight rows of a matrix fall into different
-    // banks.
-    auto offset = [](int row, int piece) { return row * 128 + (piece ^ (row & 7)) * 16; };
-    const int to = offset(lane % 16, warp * 2 + lane / 16);
-    const int row = thread / 8, column = first_column + thread % 8 * 8;
+    // A row's pieces are swizzled so that eight rows of a matrix fall into different banks.
+    auto offset = [](int row, int piece) {
+      return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
+    };
+    const int to = offset(lane % (8 * kGroupsAtOnce), warp * kHalves + lane / (8 * kGroupsAtOnce));
+    const int row = thread / kPieces, column = first_column + thread % kPieces * 8;
     T* out = static_cast<T*>(args.epilogue.out) + tile.row * args.epilogue.out_stride + column;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
+      const int token = c * 8 * kGroupsAtOnce;
+      if constexpr (!kEveryWidth)
+        if (token >= tile.rows) break;
       // Two buffers take turns, also from block to block: who writes one has passed the barrier behind its
       // reads.
       std::byte* buffer = s.buffer[warpgroup][(kBlock * kChunks + c) % 2];
-      const int g = 2 * c;
-      const bool second = g + 1 < kGroups;
-      const std::uint32_t v[4] = {pack(g, 0), second ? pack(g + 1, 0) : 0, pack(g, 1),
-                                  second ? pack(g + 1, 1) : 0};
+      std::uint32_t v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int g = c * kGroupsAtOnce + i % kGroupsAtOnce;
+        v[i] = g < kGroups ? pack(g, i / kGroupsAtOnce) : 0;
+      }
       store_matrices(smem_address(buffer) + to, v);
       warpgroup_sync(warpgroup);
-      const int token = c * 16 + row;
-      if (token < tile.rows && column < args.epilogue.columns)
-        *reinterpret_cast<uint4*>(out + token * args.epilogue.out_stride) =
-            *reinterpret_cast<const uint4*>(buffer + offset(row, thread % 8));
+      if (token + row < tile.rows && column < args.epilogue.columns)
+        *reinterpret_cast<uint4*>(out + (token + row) * args.epilogue.out_stride) =
+            *reinterpret_cast<const uint4*>(buffer + offset(row, thread % kPieces));
     }
   }
 };
 
 template <class Loop, class Form, Tiling kTiling>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(), 1)
     swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ GroupedGemmArgs args,
                    const __grid_constant__ StreamK stream_k, const bool evict_weights) {
-  constexpr TileConfig kConfig = Smem<Loop, kTiling>::kConfig;
+  using Engine = SwapAb<Loop, Form, kTiling>;
+  constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<Smem<Loop, kTiling>*>(raw);
   if (threadIdx.x == 0) {
     prefetch_map(&weights);
     for (int i = 0; i < kConfig.stages; ++i) {
       barrier_init(&s.full[i], 1 + kGatherThreads);
-      barrier_init(&s.empty[i], kConsumerWarps);
+      barrier_init(&s.empty[i], Engine::kConsumerWarps);
     }
     barrier_init_fence();
   }
@@ -464,15 +487,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool by_steps = kConfig.stream_k && stream_k.enabled;
   __syncthreads();
 
-  SwapAb<Loop, Form, kTiling> engine{s,
-                                     args,
-                                     stream_k,
-                                     (args.k + Loop::kStepK - 1) / Loop::kStepK,
-                                     by_steps ? count_tiles(args, s.group_tiles) : 0,
-                                     by_steps};
-  if (threadIdx.x >= kConsumerWarps * 32) {
-    give_registers<Loop::kProducerRegisters>();
-    if (threadIdx.x < (kConsumerWarps + 1) * 32) {
+  Engine engine{s,
+                args,
+                stream_k,
+                (args.k + Loop::kStepK - 1) / Loop::kStepK,
+                by_steps ? count_tiles(args, s.group_tiles) : 0,
+                by_steps};
+  if (threadIdx.x >= Engine::kConsumerWarps * 32) {
+    give_registers<Engine::kProducerRegisters>();
+    if (threadIdx.x < (Engine::kConsumerWarps + 1) * 32) {
       engine.copy_weights(weights, evict_weights);
     } else {
       dev::wait_for_predecessor();
@@ -480,9 +503,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       engine.gather_tokens();
     }
   } else {
-    take_registers<Loop::kConsumerRegisters>();
+    take_registers<Engine::kConsumerRegisters>();
     dev::wait_for_predecessor();
-    if (by_steps && threadIdx.x % 128 == 0) stream_k.flags[2 * blockIdx.x + threadIdx.x / 128] = 0;
+    if (by_steps && threadIdx.x % 128 == 0)
+      stream_k.flags[Engine::kWarpgroups * blockIdx.x + threadIdx.x / 128] = 0;
     engine.compute();
   }
 }

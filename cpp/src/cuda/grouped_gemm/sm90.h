@@ -8,9 +8,7 @@
 
 namespace moecore::cuda::sm90 {
 
-inline constexpr int kThreads = 384;
 inline constexpr int kLineBytes = 128;  // of K, of one row: what the swizzle and the gather work with
-inline constexpr int kTileRows = 256;   // weight rows of a tile
 
 /// What the kernels multiply, and how.
 enum class Family {
@@ -22,9 +20,15 @@ enum class Family {
 /// One compiled tile configuration.
 struct TileConfig {
   const char* name;
-  int max_tokens;  // widest token tile
-  int stages;      // of the ring
-  bool stream_k;   // can cut tiles along K
+  int max_tokens;      // widest token tile
+  int stages;          // of the ring
+  bool stream_k;       // can cut tiles along K
+  int warpgroups = 2;  // that compute
+  int blocks = 2;      // of 64 weight rows in each of them
+  const char* instruction = "wgmma";
+
+  constexpr int threads() const { return 128 * (warpgroups + 1); }
+  constexpr int rows() const { return 64 * warpgroups * blocks; }  // of weights in a tile
 };
 
 enum class Tiling { kDecode, kPrefill };
@@ -34,8 +38,14 @@ inline constexpr TileConfig kTileConfigs[][2] = {
      {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false}},
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
      {.name = "prefill", .max_tokens = 96, .stages = 4, .stream_k = false}},
-    {{.name = "decode", .max_tokens = 32, .stages = 8, .stream_k = true},
-     {.name = "prefill", .max_tokens = 112, .stages = 4, .stream_k = false}},
+    {{.name = "decode",
+      .max_tokens = 32,
+      .stages = 8,
+      .stream_k = true,
+      .warpgroups = 4,
+      .blocks = 1,
+      .instruction = "mma.sync"},
+     {.name = "prefill", .max_tokens = 192, .stages = 3, .stream_k = false, .warpgroups = 3, .blocks = 1}},
 };
 constexpr const TileConfig& tile_config(Family family, Tiling tiling) {
   return kTileConfigs[static_cast<int>(family)][static_cast<int>(tiling)];
@@ -45,14 +55,14 @@ constexpr const TileConfig& tile_config(Family family, Tiling tiling) {
 /// holds kRaised; readers lower the flags.
 struct StreamK {
   static constexpr unsigned long long kRaised = 0x6D6F65636F726521ull;
-  static constexpr int kMaxBlocks = 256;
-  /// f32 sums of one block's tile.
-  static constexpr std::size_t kSlotFloats = kTileRows * 32;
+  static constexpr int kMaxBlocks = 256, kMaxWarpgroups = 4;
+  /// f32 sums of one block's tile: 256 weight rows of 32 tokens.
+  static constexpr std::size_t kSlotFloats = 256 * 32;
   static constexpr std::size_t kBytes =
-      kMaxBlocks * (2 * sizeof(unsigned long long) + kSlotFloats * sizeof(float));
+      kMaxBlocks * (kMaxWarpgroups * sizeof(unsigned long long) + kSlotFloats * sizeof(float));
 
   bool enabled = false;
-  unsigned long long* flags = nullptr;  // [blocks, 2]
+  unsigned long long* flags = nullptr;  // [blocks, warpgroups]
   float* sums = nullptr;                // [blocks, kSlotFloats]
 };
 

@@ -1,18 +1,27 @@
 #pragma once
-// The main loop of bf16 x mxfp4 and bf16 x nvfp4: codes become bf16 in registers, wgmma's A operand, and are
-// never written anywhere else. K = 128 a step.
+// The main loops of bf16 x mxfp4 and bf16 x nvfp4: codes become bf16 in registers, the tensor cores' A
+// operand, and are never written anywhere else. K = 128 a step; a warp has 16 weight rows.
 //
-// A thread of a quad owns 32 neighbouring columns of its rows, 16 bytes of codes, which it decodes word by
-// word into the fragments of two k16 steps. So the k-th column of an MMA is not the k-th of the step: x comes
-// in the order that column_of() gives (prepare_x.cu). Of a word's nibbles n0 .. n7 the pairs (n_i, n_i+4) are
-// the ones that one shift brings into place.
+// A thread of a quad owns 32 neighbouring columns of rows r and r + 8, 16 bytes of codes each, which it
+// decodes word by word into the fragments of two k16 steps. So the k-th column of an MMA is not the k-th of
+// the step: x comes in the order that column_of() gives (prepare_x.cu). Of a word's nibbles n0 .. n7 the
+// pairs (n_i, n_i+4) are the ones that one shift brings into place. The scales of these rows and columns are
+// a byte or two of a step each, which the thread reads from global memory itself.
 //
 // e2m1 as the exponent and the top of the mantissa of bf16 is its value times 2^-126; one packed multiply
 // brings it to code * scale * 2^-kExponent, exactly, subnormal or not:
 //   mxfp4  by 2^(E - 3) for E < 128, else by 2^124 and 2^(E - 127): code * scale / 4 fills bf16's range
 //   nvfp4  by S * 2^112: code * S * 2^-14
 // The sum is multiplied by what is missing at the end.
+//
+// Few tokens (decode): mma.sync in four warpgroups. Registers as wgmma's operand make a chain out of decoding
+// and multiplying, and the latency of its instructions is what limits the loop; four warps on a scheduler
+// instead of two, which need not keep in step, hide it. T = 64 of gpt-oss on an H200: 2.96 TB/s of weights,
+// where two warpgroups of wgmma read 2.2.
+// Many tokens (prefill): wgmma in three warpgroups, up to 192 tokens, decoding a word while the tensor cores
+// work on the one before. T = 16384: 530 TFLOP/s, where 128 tokens a tile reach 440.
 
+#include "cuda/device/mma.cuh"
 #include "cuda/grouped_gemm/operands.cuh"
 #include "cuda/grouped_gemm/prepare_x.h"
 #include "cuda/grouped_gemm/sm90.cuh"
@@ -26,171 +35,299 @@ __device__ __forceinline__ std::uint32_t multiply_bf16(std::uint32_t a, std::uin
   return r;
 }
 
-/// Nibbles kPair and kPair + 4 of a word, as the signs, exponents and mantissas of a pair of bf16. A product
-/// moves sign and magnitude by two distances at once, and leaves the integer pipe for masks.
-template <int kPair>
-__device__ __forceinline__ std::uint32_t e2m1_fields(std::uint32_t word) {
-  const std::uint32_t nibbles = (kPair < 2 ? word : word >> 8) & (kPair % 2 ? 0x00F000F0u : 0x000F000Fu);
-  return nibbles * (kPair % 2 ? 0x0104u : 0x1040u) & 0x81C081C0u;
-}
+/// The scales of this thread's two rows and columns, read from global memory kAhead steps before their use. A
+/// row's K / 32 bytes start anywhere, so no copy engine takes them, and only these threads want them.
+template <bool kMx, int kAhead>
+class ScaleStream {
+ public:
+  static constexpr int kColumns = kMx ? 32 : 16, kBytes = 32 / kColumns, kStepBytes = 4 * kBytes;
+  /// The code of 32 columns or, nvfp4, the two codes.
+  using Codes = std::uint32_t[2];
+
+  template <class Engine>
+  __device__ ScaleStream(const Engine& engine, const Work& work) {
+    const ScaleArgs& scales = engine.args.weight_scales;
+    const int at = work.begin * kStepBytes + kBytes * (threadIdx.x % 4);
+    left_ = (engine.args.weight_k + kColumns - 1) / kColumns - at;
+    const std::byte* expert = scales.data + work.tile.expert * scales.expert_pitch + at;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_[i] = expert + engine.weight_row(work.tile, 0, i) * scales.row_pitch;
+      asm volatile("" : "+l"(row_[i]));  // in registers: else its sum is made anew for every load
+    }
+    asm volatile("" : "+r"(left_));
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      codes_[j][0] = codes_[j][1] = kMx ? 127 : 0x3838;
+      load(j, j);
+    }
+  }
+
+  /// Of step j of kAhead.
+  __device__ __forceinline__ const Codes& operator[](int j) const { return codes_[j]; }
+  /// Behind step j: sends for those of the step kAhead further.
+  __device__ __forceinline__ void refill(int j) { load(j, j + kAhead); }
+  /// mxfp4: whether a code of the kAhead steps is too large for one factor.
+  __device__ __forceinline__ bool large() const {
+    std::uint32_t any = 0;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) any |= codes_[j][0] | codes_[j][1];
+    return any & 0x80;
+  }
+  /// After kAhead steps.
+  __device__ __forceinline__ void advance() {
+    left_ -= kAhead * kStepBytes;
+    row_[0] += kAhead * kStepBytes;
+    row_[1] += kAhead * kStepBytes;
+  }
+
+ private:
+  /// Beyond K, where codes and x are zero, an earlier scale of the row serves.
+  __device__ __forceinline__ void load(int j, int step) {
+    if (left_ > step * kStepBytes) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kMx)
+          asm volatile("ld.global.nc.L2::128B.u8 %0,[%1];"
+                       : "=r"(codes_[j][i])
+                       : "l"(row_[i] + step * kStepBytes));
+        else
+          asm volatile("ld.global.nc.L2::128B.u16 %0,[%1];"
+                       : "=r"(codes_[j][i])
+                       : "l"(row_[i] + step * kStepBytes));
+      }
+    }
+  }
+
+  const std::byte* row_[2];
+  int left_;  // bytes of a row
+  Codes codes_[kAhead];
+};
 
 template <OperandForm kWeights>
 struct DecodedLoop {
   static constexpr bool kMx = kWeights == OperandForm::kMxfp4;
   static constexpr Family kFamily = Family::kDecoded;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   using Element = __nv_bfloat16;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = kDecodedStepK, kStepElements = kStepK / 2, kWeightLineBytes = kStepK / 2,
                        kTokenLines = 2;
-  // More of them, and ptxas serialises wgmma.
+  // The wide loop is one for all widths: they differ in a wgmma.
   template <Tiling kTiling>
-  using Widths = std::conditional_t<kTiling == Tiling::kDecode, std::integer_sequence<int, 8, 16, 32>,
-                                    std::integer_sequence<int, 24, 48, 72, 96, 112>>;
+  using Widths = std::conditional_t<kTiling == Tiling::kDecode, every_width<kFamily, kTiling>,
+                                    std::integer_sequence<int, tile_config(kFamily, kTiling).max_tokens>>;
   static constexpr int kExponent = kMx ? 2 : 14;
-  static constexpr int kScaleBytes = kMx ? kStepK / 32 : kStepK / 16;  // of a row's step
 
-  /// Of every weight row the two words that hold the step's scales; those of mxfp4 need not start one.
   template <int kMaxTokens>
-  struct Extra {
-    uint2 scales[kTileRows];
-  };
+  struct Extra {};
 
-  /// Thread t copies the scales of rows t, t + 96 and t + 192.
+  /// The first lines of scales come from memory before the main loop asks for them.
   template <class Engine>
   struct Gather {
-    const Engine& engine;
-    const int thread;
-    const Tile& tile;
-
-    __device__ Gather(const Engine& engine, const Work& work, int thread)
-        : engine(engine), thread(thread), tile(work.tile) {}
-    __device__ void copy(int stage, int k) {
+    __device__ Gather(const Engine& engine, const Work& work, int thread) {
       const ScaleArgs& scales = engine.args.weight_scales;
-      const std::byte* expert = scales.data + tile.expert * scales.expert_pitch + k * kScaleBytes;
-      const int left = (engine.args.weight_k + kScaleColumns - 1) / kScaleColumns - k * kScaleBytes;
+      const std::byte* from =
+          scales.data + work.tile.expert * scales.expert_pitch + work.begin * ScaleStream<kMx, 1>::kStepBytes;
 #pragma unroll 1  // few registers: the token rows have them
-      for (int row = thread; row < kTileRows; row += kGatherThreads) {
-        const std::byte* from = expert + engine.tile_row(tile, row) * scales.row_pitch;
-        const int skipped = kMx ? static_cast<int>(reinterpret_cast<std::uintptr_t>(from) & 3) : 0;
-        const int bytes = left + skipped;
-        const std::uint32_t to = smem_address(&engine.s.extra[stage].scales[row]);
-        copy_4(to, from - skipped, min(4, bytes));
-        copy_4(to + 4, from - skipped + (bytes > 4 ? 4 : 0), max(0, min(4, bytes - 4)));
-      }
+      for (int row = thread; row < Engine::kTileRows; row += kGatherThreads)
+        asm volatile(
+            "prefetch.global.L2 [%0];" ::"l"(from + engine.tile_row(work.tile, row) * scales.row_pitch));
     }
-    static constexpr int kScaleColumns = kMx ? 32 : 16;
+    __device__ void copy(int, int) {}
   };
+
+  /// What the fields of a row are multiplied by, in words 0, 1 and 2, 3.
+  struct Factor {
+    std::uint32_t early, late;
+  };
+  template <bool kTwice>
+  static __device__ __forceinline__ Factor factor_of(std::uint32_t code) {
+    if constexpr (kMx && kTwice) {
+      const std::uint32_t f = (code == 255 ? 0x7FC0u : code == 0 ? 0x0040u : code << 7) * 0x10001u;
+      return {f, f};
+    } else if constexpr (kMx) {
+      const std::uint32_t f = code * 0x00800080u + 0x3E003E00u;
+      return {f, f};
+    } else {
+      // The codes in the high bytes of the halves.
+      const std::uint32_t pair =
+          multiply_bf16(e4m3_pair<__nv_bfloat16>(__byte_perm(code, 0, 0x1404)), 0x77807780u);
+      return {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
+    }
+  }
+  template <bool kTwice>
+  static __device__ __forceinline__ std::uint32_t scaled(std::uint32_t fields, std::uint32_t factor) {
+    return multiply_bf16(kTwice ? multiply_bf16(fields, 0x7D807D80u) : fields, factor);
+  }
+  /// Signs and, where the mask has them, exponents and mantissas.
+  static __device__ __forceinline__ std::uint32_t fields(std::uint32_t magnitudes, std::uint32_t signs) {
+    std::uint32_t r;
+    asm("lop3.b32 %0,%1,%2,0x01C001C0,0xE4;" : "=r"(r) : "r"(magnitudes), "r"(signs));
+    return r;
+  }
+  /// A word of eight codes of row `half` as its part of two k16 steps.
+  template <bool kTwice>
+  static __device__ __forceinline__ void decode(std::uint32_t word, std::uint32_t factor, int half,
+                                                std::uint32_t (&a)[2][4]) {
+    std::uint32_t even, odd;  // signs; masked here, else the compiler masks them once for every pair
+    asm("and.b32 %0,%1,0x08080808;" : "=r"(even) : "r"(word));
+    asm("and.b32 %0,%1,0x80808080;" : "=r"(odd) : "r"(word));
+    a[0][half] = scaled<kTwice>(fields(word << 6, even << 12), factor);
+    a[0][half + 2] = scaled<kTwice>(fields(word << 2, odd << 8), factor);
+    a[1][half] = scaled<kTwice>(fields(word >> 2, even << 4), factor);
+    a[1][half + 2] = scaled<kTwice>(fields(word >> 6, odd), factor);
+  }
+
+  /// Word v of both rows.
+  template <bool kTwice>
+  static __device__ __forceinline__ void decode_rows(const uint4 (&words)[2], int v,
+                                                     const Factor (&factor)[2], std::uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      decode<kTwice>(reinterpret_cast<const std::uint32_t*>(&words[half])[v],
+                     v < 2 ? factor[half].early : factor[half].late, half, a);
+  }
 
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
                                                   typename Engine::Ring& at,
-                                                  float (&d)[kBlocks][kTokens / 2]) {
-    auto& s = engine.s;
-    const int warpgroup = threadIdx.x / 128, q = threadIdx.x % 4;
-    const int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // of block 0
-    // mxfp4: where in the two words this thread's scale is.
-    [[maybe_unused]] std::uint32_t byte[kBlocks][2];
-    if constexpr (kMx) {
-      const ScaleArgs& scales = engine.args.weight_scales;
-      const auto base =
-          reinterpret_cast<std::uintptr_t>(scales.data + work.tile.expert * scales.expert_pitch);
+                                                  float (&d)[Engine::kBlocks][kTokens / 2]) {
+    static_assert(Engine::kBlocks == 1);
+    if constexpr (Engine::kTiling == Tiling::kDecode)
+      multiply_few<kTokens>(engine, work, at, d[0]);
+    else
+      multiply_many<kTokens>(engine, work, at, d[0]);
+    const float factor = global_factor(engine.args, work.tile.expert) * (1 << kExponent);
 #pragma unroll
-      for (int i = 0; i < 2 * kBlocks; ++i)
-        byte[i / 2][i % 2] = static_cast<std::uint32_t>(
-            ((base + engine.weight_row(work.tile, i / 2, i % 2) * scales.row_pitch) & 3) + q);
-    }
+    for (int i = 0; i < kTokens / 2; ++i) d[0][i] *= factor;
+  }
 
+  /// mma.sync. Lane l reads row l % 8 of the matrices l / 8 of tokens: four k8 columns, that is two k16 steps
+  /// of eight tokens, at once; a word ahead.
+  template <int kTokens, class Engine>
+  static __device__ __forceinline__ void multiply_few(const Engine& engine, const Work& work,
+                                                      typename Engine::Ring& at, float (&d)[kTokens / 2]) {
+    using Shared = typename Engine::Shared;
+    constexpr int kAhead = 4, kGroups = kTokens / 8;
+    auto& s = engine.s;
+    const int lane = threadIdx.x % 32;
+    std::uint32_t codes_at =
+        smem_address(s.weights) + (threadIdx.x / 32 * 16 + lane / 4) * kWeightLineBytes + lane % 4 * 16;
+    // Of the words 0 and 2, and 1 and 3, in a line's 128-byte swizzle.
+    const std::uint32_t row_at = smem_address(s.tokens) + lane % 8 * kLineBytes;
+    std::uint32_t tokens_at[2] = {row_at + (lane / 8 ^ lane % 8) * 16,
+                                  row_at + (4 + lane / 8 ^ lane % 8) * 16};
+    // In registers: else these sums are made anew in every step.
+    asm volatile("" : "+r"(codes_at), "+r"(tokens_at[0]), "+r"(tokens_at[1]));
+    ScaleStream<kMx, kAhead> scales(engine, work);
+
+    auto multiply_step = [&]<bool kTwice>(int j) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      const std::uint32_t codes = codes_at + at.stage * Shared::kWeightBytes;
+      const uint4 words[2] = {load_16(codes), load_16(codes + 8 * kWeightLineBytes)};
+      const std::uint32_t stage = at.stage * (kTokenLines * Shared::kTokenLineBytes);
+      const std::uint32_t tokens[2] = {tokens_at[0] + stage, tokens_at[1] + stage};
+      std::uint32_t b[2][kGroups][4];
+      auto load_tokens = [&](int v) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+          load_matrices(b[v % 2][g], tokens[v % 2] + v / 2 * Shared::kTokenLineBytes + g * 8 * kLineBytes);
+      };
+      load_tokens(0);
+      const Factor factor[2] = {factor_of<kTwice>(scales[j][0]), factor_of<kTwice>(scales[j][1])};
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        if (v < 3) load_tokens(v + 1);
+        std::uint32_t a[2][4];
+        decode_rows<kTwice>(words, v, factor, a);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g)
+            dev::mma(reinterpret_cast<float (&)[4]>(d[4 * g]), a[h], b[v % 2][g][2 * h],
+                     b[v % 2][g][2 * h + 1], __nv_bfloat16{});
+      }
+      scales.refill(j);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+      at.advance();
+    };
+    auto multiply_steps = [&]<bool kTwice>(int steps) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (j >= steps) break;
+        multiply_step.template operator()<kTwice>(j);
+      }
+    };
+    for (int k = work.begin; k < work.end; k += kAhead) {
+      if (kMx && __any_sync(~0u, scales.large()))
+        multiply_steps.template operator()<true>(work.end - k);
+      else
+        multiply_steps.template operator()<false>(work.end - k);
+      scales.advance();
+    }
+  }
+
+  /// wgmma of the narrowest multiple of 16 tokens that holds the tile. One group stays in flight, over the
+  /// other half of `a`.
+  template <int kTokens, class Engine>
+  static __device__ __forceinline__ void multiply_many(const Engine& engine, const Work& work,
+                                                       typename Engine::Ring& at, float (&d)[kTokens / 2]) {
+    auto& s = engine.s;
+    const int lane = threadIdx.x % 32, sixteenths = (work.tile.rows + 15) / 16;
+    const int codes_at = (threadIdx.x / 32 * 16 + lane / 4) * kWeightLineBytes + lane % 4 * 16;
+    ScaleStream<kMx, 1> scales(engine, work);
+    std::uint32_t a[2][2][4];
     int previous = 0;
     for (int k = work.begin; k < work.end; ++k) {
+      const bool twice = kMx && __any_sync(~0u, scales.large());
       barrier_wait(&s.full[at.stage], at.phase);
       fence_async_proxy();
-      auto scale_words = [&](int m, int half) { return s.extra[at.stage].scales[m * 128 + row + half * 8]; };
-      [[maybe_unused]] std::uint32_t exponents[kBlocks][2] = {}, any = 0;
-      if constexpr (kMx) {
-#pragma unroll
-        for (int i = 0; i < 2 * kBlocks; ++i) {
-          const uint2 words = scale_words(i / 2, i % 2);
-          any |= exponents[i / 2][i % 2] = __byte_perm(words.x, words.y, byte[i / 2][i % 2]) & 0xFF;
-        }
-      }
+      const std::byte* codes = s.weights[at.stage] + codes_at;
+      const uint4 words[2] = {*reinterpret_cast<const uint4*>(codes),
+                              *reinterpret_cast<const uint4*>(codes + 8 * kWeightLineBytes)};
       const std::uint64_t tokens[2] = {tile_descriptor(s.tokens[at.stage][0]),
                                        tile_descriptor(s.tokens[at.stage][1])};
-      auto run = [&](const auto& factor_of) {
 #pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
-          const uint4* rows =
-              reinterpret_cast<const uint4*>(s.weights[at.stage] + (m * 128 + row) * kWeightLineBytes) + q;
-          const decltype(factor_of(0, 0)) factors[2] = {factor_of(m, 0), factor_of(m, 1)};
-          const uint4 first = rows[0], second = rows[8 * kWeightLineBytes / 16];
+      for (int v = 0; v < 4; ++v) {
+        wgmma_wait<1>();
+        if (v == 1 && k > work.begin && lane == 0) barrier_arrive(&s.empty[previous]);
+        auto decode_word = [&]<bool kTwice>() {
+          const Factor factor[2] = {factor_of<kTwice>(scales[0][0]), factor_of<kTwice>(scales[0][1])};
+          decode_rows<kTwice>(words, v, factor, a[v % 2]);
+        };
+        if (twice)
+          decode_word.template operator()<true>();
+        else
+          decode_word.template operator()<false>();
+        with_width<1, kTokens / 16>(sixteenths, [&]<int kWidth>() {
+          wgmma_fence();
 #pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            const std::uint32_t word[2] = {reinterpret_cast<const std::uint32_t*>(&first)[v],
-                                           reinterpret_cast<const std::uint32_t*>(&second)[v]};
-            std::uint32_t a[2][4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              a[0][half] = factors[half](e2m1_fields<0>(word[half]), v);
-              a[0][half + 2] = factors[half](e2m1_fields<1>(word[half]), v);
-              a[1][half] = factors[half](e2m1_fields<2>(word[half]), v);
-              a[1][half + 2] = factors[half](e2m1_fields<3>(word[half]), v);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              WgmmaDecoded<kTokens>::op(d[m], a[h], tokens[v / 2] + (v % 2 * 2 + h) * 2);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (m + v == 0 && k > work.begin && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
-          }
-        }
-      };
-      // What the fields of a row are multiplied by, in words v = 0 .. 3.
-      struct ByOne {
-        std::uint32_t early, late;
-        __device__ std::uint32_t operator()(std::uint32_t fields, int v) const {
-          return multiply_bf16(fields, v < 2 ? early : late);
-        }
-      };
-      struct ByTwo {
-        std::uint32_t scale;
-        __device__ std::uint32_t operator()(std::uint32_t fields, int) const {
-          return multiply_bf16(multiply_bf16(fields, 0x7D807D80u), scale);
-        }
-      };
-      auto by_one = [&](int m, int half) {
-        if constexpr (kMx) {
-          const std::uint32_t factor = exponents[m][half] * 0x00800080u + 0x3E003E00u;
-          return ByOne{factor, factor};
-        } else {
-          const uint2 words = scale_words(m, half);
-          // The thread's two codes in the high bytes of the halves.
-          const std::uint32_t codes = __byte_perm(q < 2 ? words.x : words.y, 0, q % 2 ? 0x3424 : 0x1404);
-          const std::uint32_t pair = multiply_bf16(e4m3_pair<__nv_bfloat16>(codes), 0x77807780u);
-          return ByOne{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
-        }
-      };
-      auto by_two = [&](int m, int half) {
-        const std::uint32_t e = exponents[m][half];
-        return ByTwo{(e == 255 ? 0x7FC0u : e == 0 ? 0x0040u : e << 7) * 0x10001u};
-      };
-      if constexpr (!kMx) {
-        run(by_one);
-      } else if constexpr (Engine::kMaxTokens > 32) {
-        run(by_two);  // the tensor cores are the limit, and a second body would serialise them
-      } else if (__any_sync(~0u, any & 0x80)) {
-        run(by_two);
-      } else {
-        run(by_one);
+          for (int h = 0; h < 2; ++h)
+            WgmmaDecoded<kWidth>::op(reinterpret_cast<float (&)[kWidth / 2]>(d), a[v % 2][h],
+                                     tokens[v / 2] + (v % 2 * 2 + h) * 2);
+          wgmma_commit();
+        });
       }
+      scales.refill(0);
+      scales.advance();
       previous = at.stage;
       at.advance();
     }
     wgmma_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
-    const float factor = global_factor(engine.args, work.tile.expert) * (1 << kExponent);
-#pragma unroll
-    for (int i = 0; i < kBlocks * kTokens / 2; ++i) d[i / (kTokens / 2)][i % (kTokens / 2)] *= factor;
+    if (lane == 0) barrier_arrive(&s.empty[previous]);
+  }
+
+  /// f<width>() for the narrowest of the multiples of 16 that holds `sixteenths` of them.
+  template <int kFirst, int kLast, class F>
+  static __device__ __forceinline__ void with_width(int sixteenths, const F& f) {
+    constexpr int kMiddle = (kFirst + kLast) / 2;
+    if constexpr (kFirst == kLast)
+      f.template operator()<16 * kFirst>();
+    else if (sixteenths <= kMiddle)
+      with_width<kFirst, kMiddle>(sixteenths, f);
+    else
+      with_width<kMiddle + 1, kLast>(sixteenths, f);
   }
 };
 

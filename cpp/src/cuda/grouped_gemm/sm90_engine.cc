@@ -36,15 +36,14 @@ std::string family_refusal(const GroupedGemmProblem& p, sm90::Family family) {
       break;
     case sm90::Family::kDecoded: {
       const OperandScalesRef& scales = p.weight_scales;
-      auto whole_words = [](std::int64_t bytes) { return bytes % 4 == 0; };
+      auto even = [](std::int64_t bytes) { return bytes % 2 == 0; };
       if (p.dtype != DType::kBF16) return "fp4 weights become bf16";
       if (scales.col_pitch != 1) return "the scales of a row of weights are not dense";
       if (scales.row_pitch < 0 || scales.row_pitch * p.n > 0x7FFFFFFF)
         return "the scales of an expert span more than 2 GiB";
-      if (scales.form == OperandForm::kNvfp4 &&
-          !(whole_words(reinterpret_cast<std::intptr_t>(scales.data)) && whole_words(scales.row_pitch) &&
-            whole_words(scales.expert_pitch)))
-        return "the scales of weight rows are not 4-byte aligned";
+      if (scales.form == OperandForm::kNvfp4 && !(even(reinterpret_cast<std::intptr_t>(scales.data)) &&
+                                                  even(scales.row_pitch) && even(scales.expert_pitch)))
+        return "the scales of weight rows are not 2-byte aligned";
       if (p.x_rows > p.num_rows) return "x has more rows than out";
       break;
     }
@@ -62,12 +61,13 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
   sm90::Policy policy = tuned("grouped_gemm", sizes, ctx, [&](std::string_view text) {
     sm90::Policy chosen =
         sm90::select_policy(forms_of(p), p.num_rows, p.num_experts, p.n, p.k, device.num_sms);
-    override_policy("grouped_gemm", text,
-                    {{"portable", &chosen.portable, {0, 1}},
-                     {"prefill", &chosen.prefill, {0, 1}},
-                     {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176}},
-                     {"stream_k", &chosen.stream_k, {0, 1}},
-                     {"evict_weights", &chosen.evict_weights, {0, 1}}});
+    override_policy(
+        "grouped_gemm", text,
+        {{"portable", &chosen.portable, {0, 1}},
+         {"prefill", &chosen.prefill, {0, 1}},
+         {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
+         {"stream_k", &chosen.stream_k, {0, 1}},
+         {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
   const sm90::TileConfig config = policy.tiles();
@@ -110,12 +110,11 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
   const sm90::Policy policy = policy_for(p, device, ctx);
   const sm90::TileConfig config = policy.tiles();
   char text[256];
-  std::snprintf(
-      text, sizeof(text),
-      "wgmma, %s: %d weight rows x up to %d tokens, ring of %d, %s (about %.1f rows for each of %.0f "
-      "experts)",
-      config.name, sm90::kTileRows, policy.max_tokens, config.stages,
-      policy.stream_k ? "stream-K" : "whole tiles", policy.rows_per_expert, policy.experts);
+  std::snprintf(text, sizeof(text),
+                "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s (about %.1f rows for each of %.0f "
+                "experts)",
+                config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
+                policy.stream_k ? "stream-K" : "whole tiles", policy.rows_per_expert, policy.experts);
   return text;
 }
 
@@ -139,11 +138,10 @@ Encode encoder() {
 }
 
 /// The weight rows of a tile for one step of K, in units of `elements` codes (fp4 counts bytes).
-///   plain: dimensions (K, N, 1, 1, E), one box (step, 256, 1, 1, 1).
-///   gated: dimensions (K, 16, 2, I/16, E), two boxes (step, 8, 2, 8, 1): eight gate rows, eight up rows, and
-///   so
-///          on, whether the checkpoint holds them as two blocks or row by row.
-CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family) {
+///   plain: dimensions (K, N, 1, 1, E), one box (step, rows, 1, 1, 1).
+///   gated: dimensions (K, 8b, 2, I/8b, E), a box (step, 8, 2, rows/16b, 1) for each of b blocks: eight gate
+///          rows, eight up rows, and so on, whether the checkpoint holds them as two halves or row by row.
+CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const sm90::TileConfig& config) {
   const bool is_float = family == sm90::Family::kFloat;
   const cuuint64_t bits = element_bits(p.weight_scales.form, p.dtype);
   const cuuint64_t pitch = p.weight_row_stride * bits / 8, inter = p.n / 2;
@@ -151,13 +149,14 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family) {
   const cuuint64_t k = is_float ? p.k : p.k * bits / 8, n = p.n, e = p.num_experts;
   const cuuint32_t step = is_float ? 64 : family == sm90::Family::kFp8 ? 128 : 64;
   cuuint64_t dims[5] = {k, n, 1, 1, e}, strides[4] = {pitch, pitch, pitch, expert};
-  cuuint32_t box[5] = {step, sm90::kTileRows, 1, 1, 1};
+  cuuint32_t box[5] = {step, static_cast<cuuint32_t>(config.rows()), 1, 1, 1};
   if (gated(p)) {
     const bool interleaved = p.activation->order == GateOrder::kInterleaved;
     const cuuint64_t row = interleaved ? 2 * pitch : pitch;
-    const cuuint64_t gated_dims[5] = {k, 16, 2, inter / 16, e};
-    const cuuint64_t gated_strides[4] = {row, interleaved ? pitch : inter * pitch, 16 * row, expert};
-    const cuuint32_t gated_box[5] = {step, 8, 2, sm90::kTileRows / 32, 1};
+    const cuuint32_t unit = 8 * config.blocks;  // columns of out that the blocks share
+    const cuuint64_t gated_dims[5] = {k, unit, 2, inter / unit, e};
+    const cuuint64_t gated_strides[4] = {row, interleaved ? pitch : inter * pitch, unit * row, expert};
+    const cuuint32_t gated_box[5] = {step, 8, 2, config.rows() / (2 * unit), 1};
     std::copy_n(gated_dims, 5, dims);
     std::copy_n(gated_strides, 4, strides);
     std::copy_n(gated_box, 5, box);
@@ -208,10 +207,11 @@ sm90::Kernel kernel_for(const GroupedGemmProblem& p, const sm90::Policy& policy)
 void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
   const sm90::Policy policy = policy_for(p, device, ctx);
   const sm90::Kernel kernel = kernel_for(p, policy);
-  CUtensorMap weights = weight_map(p, policy.family);
+  const sm90::TileConfig config = policy.tiles();
+  CUtensorMap weights = weight_map(p, policy.family, config);
   GroupedGemmArgs args = device_args(p);
   args.tiles = {.max_tokens = policy.max_tokens,
-                .weight_tiles = static_cast<int>((p.n + sm90::kTileRows - 1) / sm90::kTileRows)};
+                .weight_tiles = static_cast<int>((p.n + config.rows() - 1) / config.rows())};
   std::byte* workspace = ctx.workspace.data();
   if (policy.family == sm90::Family::kDecoded) {
     sm90::prepare_x(p, workspace, device, ctx);
@@ -226,12 +226,13 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   if (policy.stream_k) {
     stream_k.enabled = true;
     stream_k.flags = reinterpret_cast<unsigned long long*>(workspace);
-    stream_k.sums = reinterpret_cast<float*>(stream_k.flags + 2 * sm90::StreamK::kMaxBlocks);
+    stream_k.sums =
+        reinterpret_cast<float*>(stream_k.flags + sm90::StreamK::kMaxBlocks * sm90::StreamK::kMaxWarpgroups);
   }
   bool evict_weights = policy.evict_weights;
 
   const LaunchConfig launch_config{.grid = device.num_sms,
-                                   .block = sm90::kThreads,
+                                   .block = config.threads(),
                                    .smem_bytes = kernel.smem_bytes,
                                    .stream = stream(ctx),
                                    .dependent = true};

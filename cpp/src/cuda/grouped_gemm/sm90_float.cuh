@@ -9,7 +9,6 @@ namespace moecore::cuda::sm90 {
 template <class T>
 struct FloatLoop {
   static constexpr Family kFamily = Family::kFloat;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   using Element = T;
   using Out = T;
   static constexpr int kStepK = 64, kStepElements = 64, kWeightLineBytes = kLineBytes, kTokenLines = 1;
@@ -28,7 +27,7 @@ struct FloatLoop {
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
                                                   typename Engine::Ring& at,
-                                                  float (&d)[kBlocks][kTokens / 2]) {
+                                                  float (&d)[Engine::kBlocks][kTokens / 2]) {
     auto& s = engine.s;
     const int warpgroup = threadIdx.x / 128;
     // One group of wgmma stays in flight: once the next is issued, the stage before is free.
@@ -42,8 +41,8 @@ struct FloatLoop {
 #pragma unroll
       for (int kk = 0; kk < kLineBytes / 32; ++kk)
 #pragma unroll
-        for (int m = 0; m < kBlocks; ++m)
-          Wgmma<T, kTokens>::op(d[m], weights + m * (kWarpgroups * 64 * kLineBytes / 16) + kk * 2,
+        for (int m = 0; m < Engine::kBlocks; ++m)
+          Wgmma<T, kTokens>::op(d[m], weights + m * (Engine::kWarpgroups * 64 * kLineBytes / 16) + kk * 2,
                                 tokens + kk * 2);
       wgmma_commit();
       wgmma_wait<1>();

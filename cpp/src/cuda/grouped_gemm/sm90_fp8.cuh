@@ -17,7 +17,6 @@ namespace moecore::cuda::sm90 {
 template <bool kBlockScales>
 struct Fp8Loop {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = 128, kStepElements = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;
@@ -83,9 +82,9 @@ struct Fp8Loop {
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
                                                   typename Engine::Ring& at,
-                                                  float (&d)[kBlocks][kTokens / 2]) {
+                                                  float (&d)[Engine::kBlocks][kTokens / 2]) {
     constexpr bool kGated = Engine::Form::kGated;
-    constexpr int kGroups = kTokens / 8;
+    constexpr int kGroups = kTokens / 8, kBlocks = Engine::kBlocks;
     auto& s = engine.s;
     // One value for all lanes: descriptors then take the uniform registers' instructions.
     auto uniform = [](int v) { return __shfl_sync(~0u, v, 0); };
@@ -93,7 +92,7 @@ struct Fp8Loop {
     float p[kBlocks][kTokens / 2];
     auto issue = [&](int stage, int m) {
       const std::uint64_t rows =
-          tile_descriptor(s.weights[stage] + (m * kWarpgroups + warpgroup) * 64 * kLineBytes);
+          tile_descriptor(s.weights[stage] + (m * Engine::kWarpgroups + warpgroup) * 64 * kLineBytes);
       const std::uint64_t tokens = tile_descriptor(s.tokens[stage]);
       wgmma_fence();
       Wgmma<E4m3Codes, kTokens>::template op<false>(p[m], rows, tokens);
@@ -151,7 +150,8 @@ struct Fp8Loop {
   /// Scales of rows of x and of weight rows, for the whole depth.
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void scale_rows(const Engine& engine, const Tile& tile,
-                                                    float (&d)[kBlocks][kTokens / 2]) {
+                                                    float (&d)[Engine::kBlocks][kTokens / 2]) {
+    constexpr int kBlocks = Engine::kBlocks;
     auto scale = [](const ScaleArgs& s, std::int64_t row, int expert) {
       return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
     };

@@ -96,6 +96,21 @@ __device__ __forceinline__ void wgmma_wait() {
 __device__ __forceinline__ std::uint64_t tile_descriptor(const void* p) {
   return ((smem_address(p) & 0x3FFFFu) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
+/// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(std::uint32_t (&v)[4], std::uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_16(std::uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
 /// Transposing store of four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix
 /// l / 8.
 __device__ __forceinline__ void store_matrices(std::uint32_t to, const std::uint32_t (&v)[4]) {
