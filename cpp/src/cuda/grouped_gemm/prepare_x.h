@@ -4,8 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/runtime.h"
+#include "moecore/context.h"
 #include "ops/grouped_gemm.h"
+
+namespace moecore::cuda {
+struct DeviceInfo;
+}
 
 namespace moecore::cuda::sm90 {
 
