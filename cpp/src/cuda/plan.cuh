@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/device/division.cuh"
+#include "cuda/device/local_expert.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/plan_policy.h"
@@ -39,13 +40,7 @@ __device__ inline int expert_of(const PlanArgs& args, unsigned r) {
     const unsigned t = args.by_top_k.divide(r);
     i = t * args.ids_stride + (r - t * args.top_k);
   }
-  std::int64_t id = args.ids_are_i64 ? static_cast<const std::int64_t*>(args.ids)[i]
-                                     : static_cast<const std::int32_t*>(args.ids)[i];
-  if (args.expert_map)
-    id = id >= 0 && id < args.num_global ? args.expert_map[id] : -1;
-  else
-    id -= args.first_expert;
-  return id >= 0 && id < args.num_experts ? static_cast<int>(id) : -1;
+  return dev::local_expert(args, i);
 }
 
 // What a thread knows of its routes in a tile: route round * 32 + lane of the warp's part.

@@ -7,6 +7,7 @@
 #include "cuda/decode/args.h"
 #include "cuda/decode/ptx.cuh"
 #include "cuda/device/convert.cuh"
+#include "cuda/device/local_expert.cuh"
 
 namespace moecore::cuda::decode {
 
@@ -66,16 +67,11 @@ __host__ __device__ constexpr int ring_offset(int routes) {
   return products_offset(routes) + align_128(routes * kTileRows * 2);
 }
 
-__device__ inline int local_expert(const DecodeArgs& args, int route) {
+// The local expert of a route, or -1.
+__device__ inline int expert_of(const DecodeArgs& args, int route) {
   const int t = static_cast<int>(args.by_top_k.divide(route));
   const std::int64_t i = t * args.ids_stride + (route - t * args.top_k);
-  std::int64_t id = args.ids_are_i64 ? static_cast<const std::int64_t*>(args.ids)[i]
-                                     : static_cast<const std::int32_t*>(args.ids)[i];
-  if (args.expert_map)
-    id = id >= 0 && id < args.num_global ? args.expert_map[id] : -1;
-  else
-    id -= args.first_expert;
-  return id >= 0 && id < args.num_experts ? static_cast<int>(id) : -1;
+  return dev::local_expert(args, i);
 }
 
 __device__ inline float router_weight(const DecodeArgs& args, int route) {
@@ -120,7 +116,7 @@ __device__ __forceinline__ int tile_width(unsigned n, int log2_width) {
 __device__ inline int sort_routes(const DecodeArgs& args, Smem& smem, const Routes& routes) {
   static_assert(kThreads >= kMaxRoutes);
   const int n = args.num_tokens * args.top_k, thread = threadIdx.x;
-  const int expert = thread < n ? local_expert(args, thread) : -1;
+  const int expert = thread < n ? expert_of(args, thread) : -1;
   if (thread < n) {
     routes.expert[thread] = expert;
     routes.weight[thread] = router_weight(args, thread);
