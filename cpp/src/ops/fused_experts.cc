@@ -43,8 +43,10 @@ QuantFormat layer_format(QuantFormat f) {
 struct Layout {
   Plan plan;
   TensorView row_weights, inter_rows, out_rows;
-  QuantizedRows x, inter;        // with an x_format
-  std::span<std::byte> scratch;  // shared by the ops, which run one after the other
+  QuantizedRows x, inter;  // with an x_format
+  // Workspaces of the ops, which run one after the other. A product's reaches over its neighbour, rows that
+  // are not needed yet (out_rows during the first) or no longer (inter_rows, once quantised).
+  std::span<std::byte> scratch, scratch1, scratch2;
   std::size_t bytes = 0;
 
   Layout(std::byte* base, std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts,
@@ -63,8 +65,6 @@ struct Layout {
     plan.slot_row = take(DType::kI32, {num_tokens, top_k});
     plan.row_route = take(DType::kI32, {rows});
     row_weights = take(weight_dtype, {rows, 1});
-    inter_rows = take(dtype, {rows, width});
-    out_rows = take(dtype, {rows, hidden});
     auto take_quantized = [&](std::int64_t m, std::int64_t cols) -> QuantizedRows {
       const QuantFormat f = layer_format(*x_format);
       const auto [scale_rows, scale_cols] = scale_shape(f, m, cols);
@@ -78,12 +78,26 @@ struct Layout {
     auto gemm_bytes = [&](std::int64_t n, std::int64_t k) {
       return grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, device, x_format, weight_format);
     };
+    const std::size_t out_begin = bytes;
+    out_rows = take(dtype, {rows, hidden});
+    const std::size_t scratch_begin = bytes;
+    auto beyond = [](std::size_t need, std::size_t neighbour) {
+      return need > neighbour ? need - neighbour : 0;
+    };
+    const std::size_t inter_bytes = align_up(static_cast<std::size_t>(rows * width * bit_width(dtype) / 8));
     // 2 * width bounds the first GEMM's rows of weights for gated and plain activations alike.
-    const std::size_t scratch_bytes =
-        std::max({plan_workspace_bytes(num_tokens, top_k, num_experts, device), gemm_bytes(2 * width, hidden),
-                  gemm_bytes(width, hidden), gemm_bytes(hidden, width)});
-    scratch = {base ? base + bytes : nullptr, scratch_bytes};
-    bytes += align_up(scratch_bytes);
+    bytes += align_up(std::max({plan_workspace_bytes(num_tokens, top_k, num_experts, device),
+                                beyond(std::max(gemm_bytes(2 * width, hidden), gemm_bytes(width, hidden)),
+                                       scratch_begin - out_begin),
+                                beyond(gemm_bytes(hidden, width), x_format ? inter_bytes : 0)}));
+    const std::size_t scratch_end = bytes;
+    inter_rows = take(dtype, {rows, width});
+    auto span = [&](std::size_t begin, std::size_t end) {
+      return std::span(base ? base + begin : nullptr, end - begin);
+    };
+    scratch = span(scratch_begin, scratch_end);
+    scratch1 = span(out_begin, scratch_end);
+    scratch2 = span(scratch_begin, x_format ? bytes : scratch_end);
   }
 };
 
@@ -277,12 +291,16 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     return to.codes;
   };
   const TensorView operand1 = options.x_format ? quantized(x, layout.x, options.x_scale, {}, gemm1) : x;
+  inner.workspace = layout.scratch1;
   grouped_gemm(operand1, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  inner.workspace = layout.scratch;
   const TensorView operand2 = options.x_format
                                   ? quantized(layout.inter_rows, layout.inter, options.inter_scale,
                                               {.expert_offsets = layout.plan.expert_offsets}, gemm2)
                                   : layout.inter_rows;
+  inner.workspace = layout.scratch2;
   grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, inner);
+  inner.workspace = layout.scratch;
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

@@ -6,8 +6,11 @@
 // kernel.
 //
 // A persistent block of 2, 3 or 4 warpgroups that compute, and one that brings what they read:
-//   its first warp  copies weights with the copy engine and says what a step belongs to;
-//   the other three gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine;
+//   its first warp  copies weights with the copy engine and says what a step belongs to; of wide tiles also
+//                   the token rows, where a tile's stand one behind the other in x (`boxes`);
+//   the other three gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine,
+//                   and what else a step needs. Beside busy tensor cores cp.async brings some 15 bytes a
+//                   clock, which feeds bf16 but not fp8: there the boxes are 1.4 times as fast;
 //   those before    multiply over a ring of steps of K, then run the epilogue, from registers through
 //                   transposing buffers of 16 tokens x 64 columns or 32 x 32, so that whole lines of out, or
 //                   halves, are written.
@@ -111,6 +114,7 @@ struct SwapAb {
   static constexpr TileConfig kConfig = Shared::kConfig;
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
+  static constexpr int kBoxTokens = kConfig.box_tokens;
   static constexpr bool kEveryWidth = typename Loop::template Widths<kTiling>{}.size() == kMaxTokens / 8;
   static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
@@ -125,12 +129,14 @@ struct SwapAb {
       ((kWarpgroups + 1) * kLaunchRegisters - kProducerRegisters) / kWarpgroups / 8 * 8;
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
                 (kWarpgroups + 1) * kLaunchRegisters);
+  static_assert(kConfig.whole_boxes());
   static_assert(!kConfig.stream_k ||
                 (kWarpgroups <= StreamK::kMaxWarpgroups && kTileRows * kMaxTokens <= StreamK::kSlotFloats));
 
   Shared& s;
   const GroupedGemmArgs& args;
   const StreamK& stream_k;
+  const bool boxes;             // token rows come by the copy engine
   const int steps;              // of K
   const int tiles = 0;          // all of them; known with stream-K only
   const bool by_steps = false;  // deal out steps
@@ -172,7 +178,8 @@ struct SwapAb {
   };
 
   // ---- the warp that copies
-  __device__ __forceinline__ void copy_weights(const CUtensorMap& weights, bool evict_weights) {
+  __device__ __forceinline__ void copy_boxes(const CUtensorMap& weights, const CUtensorMap& x,
+                                             bool evict_weights) {
     const bool leader = threadIdx.x % 32 == 0;
     Queue queue(*this);
     Ring at;
@@ -187,13 +194,16 @@ struct SwapAb {
         }
         return;
       }
+      const int token_boxes = token_boxes_of(tile);
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
         if (leader) {
           std::uint64_t* full = &s.full[at.stage];
           if (k == work.begin) s.work[at.stage] = work;
-          barrier_arrive_expect(full, Shared::kWeightBytes);
+          barrier_arrive_expect(
+              full, Shared::kWeightBytes + token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes));
           copy_weight_rows(weights, tile, k, s.weights[at.stage], full, evict_weights);
+          if (token_boxes > 0) copy_token_rows(x, tile, k, token_boxes, s.tokens[at.stage], full);
         }
         __syncwarp();
         at.advance();
@@ -216,6 +226,24 @@ struct SwapAb {
       else
         copy_box(box, &map, full, k, row, 0, units, tile.expert);
     }
+  }
+
+  /// Boxes that bring a tile's token rows; what they bring of the rows behind is computed and not stored.
+  __device__ __forceinline__ int token_boxes_of(const Tile& tile) const {
+    if constexpr (kBoxTokens == 0)
+      return 0;
+    else
+      return boxes ? (tile.rows + kBoxTokens - 1) / kBoxTokens : 0;
+  }
+
+  static __device__ __forceinline__ void copy_token_rows(const CUtensorMap& map, const Tile& tile, int step,
+                                                         int boxes, std::byte (*to)[Shared::kTokenLineBytes],
+                                                         std::uint64_t* full) {
+    constexpr int kLineElements = kLineBytes / static_cast<int>(sizeof(typename Loop::Element));
+    for (int line = 0; line < Loop::kTokenLines; ++line)
+      for (int b = 0; b < boxes; ++b)
+        copy_box(to[line] + b * (kBoxTokens * kLineBytes), &map, full,
+                 (step * Loop::kTokenLines + line) * kLineElements, tile.row + b * kBoxTokens);
   }
 
   // ---- the gathering warps: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of
@@ -250,19 +278,21 @@ struct SwapAb {
       auto source_of = [&](int i) {
         return static_cast<std::uint32_t>(x_row(tile, row + i * kGatherRows)) * pitch;
       };
-      if constexpr (Shared::kSharedSources) {  // the eight threads of a row share the work
-        __syncwarp();
-        for (int i = piece; i < kRows; i += 8) sources[i] = source_of(i);
-        __syncwarp();
-      } else {
+      if (!boxes) {
+        if constexpr (Shared::kSharedSources) {  // the eight threads of a row share the work
+          __syncwarp();
+          for (int i = piece; i < kRows; i += 8) sources[i] = source_of(i);
+          __syncwarp();
+        } else {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) own[i] = source_of(i);
+          for (int i = 0; i < kRows; ++i) own[i] = source_of(i);
+        }
       }
       typename Loop::template Gather<SwapAb> extra(*this, work, thread);
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
 #pragma unroll
-        for (int line = 0; line < Loop::kTokenLines; ++line) {
+        for (int line = 0; line < (boxes ? 0 : Loop::kTokenLines); ++line) {
           const std::uint32_t tokens = smem_address(s.tokens[at.stage][line]);
           const std::uint32_t to[2] = {tokens + even, tokens + odd};
           const int column = (k * Loop::kTokenLines + line) * 8 + piece;  // of 16 bytes; beyond K it is zero
@@ -480,14 +510,16 @@ struct SwapAb {
 
 template <class Loop, class Form, Tiling kTiling>
 __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(), 1)
-    swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ GroupedGemmArgs args,
-                   const __grid_constant__ StreamK stream_k, const bool evict_weights) {
+    swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap x,
+                   const __grid_constant__ GroupedGemmArgs args, const __grid_constant__ StreamK stream_k,
+                   const bool boxes, const bool evict_weights) {
   using Engine = SwapAb<Loop, Form, kTiling>;
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<Smem<Loop, kTiling>*>(raw);
   if (threadIdx.x == 0) {
     prefetch_map(&weights);
+    if (Engine::kBoxTokens > 0 && boxes) prefetch_map(&x);
     for (int i = 0; i < kConfig.stages; ++i) {
       barrier_init(&s.full[i], 1 + kGatherThreads);
       barrier_init(&s.empty[i], Engine::kConsumerWarps);
@@ -504,13 +536,15 @@ __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(),
   Engine engine{s,
                 args,
                 stream_k,
+                Engine::kBoxTokens > 0 && boxes,
                 (args.k + Loop::kStepK - 1) / Loop::kStepK,
                 by_steps ? count_tiles(args, s.group_tiles) : 0,
                 by_steps};
   if (threadIdx.x >= Engine::kConsumerWarps * 32) {
     give_registers<Engine::kProducerRegisters>();
     if (threadIdx.x < (Engine::kConsumerWarps + 1) * 32) {
-      engine.copy_weights(weights, evict_weights);
+      if (engine.boxes) dev::wait_for_predecessor();
+      engine.copy_boxes(weights, x, evict_weights);
     } else {
       dev::wait_for_predecessor();
       dev::release_successor();  // not before: whoever follows may rely on what preceded this kernel

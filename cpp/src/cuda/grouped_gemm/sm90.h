@@ -23,11 +23,15 @@ struct TileConfig {
   int max_tokens;      // widest token tile
   int stages;          // of the ring
   bool stream_k;       // can cut tiles along K
+  int box_tokens = 0;  // token rows that the copy engine brings at once; 0: they are always gathered
   int warpgroups = 2;  // that compute
   int blocks = 2;      // of 64 weight rows in each of them
   const char* instruction = "wgmma";
 
   constexpr int threads() const { return 128 * (warpgroups + 1); }
+  constexpr bool whole_boxes() const {  // of eight rows, the swizzle's period
+    return box_tokens == 0 || (box_tokens % 8 == 0 && max_tokens % box_tokens == 0);
+  }
   constexpr int rows() const { return 64 * warpgroups * blocks; }  // of weights in a tile
 };
 
@@ -35,9 +39,9 @@ enum class Tiling { kDecode, kPrefill };
 
 inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false}},
+     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false, .box_tokens = 16}},
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-     {.name = "prefill", .max_tokens = 96, .stages = 4, .stream_k = false}},
+     {.name = "prefill", .max_tokens = 96, .stages = 4, .stream_k = false, .box_tokens = 32}},
     {{.name = "decode",
       .max_tokens = 32,
       .stages = 8,
@@ -45,7 +49,13 @@ inline constexpr TileConfig kTileConfigs[][2] = {
       .warpgroups = 4,
       .blocks = 1,
       .instruction = "mma.sync"},
-     {.name = "prefill", .max_tokens = 192, .stages = 3, .stream_k = false, .warpgroups = 3, .blocks = 1}},
+     {.name = "prefill",
+      .max_tokens = 192,
+      .stages = 3,
+      .stream_k = false,
+      .box_tokens = 32,
+      .warpgroups = 3,
+      .blocks = 1}},
 };
 constexpr const TileConfig& tile_config(Family family, Tiling tiling) {
   return kTileConfigs[static_cast<int>(family)][static_cast<int>(tiling)];
@@ -66,7 +76,8 @@ struct StreamK {
   float* sums = nullptr;                // [blocks, kSlotFloats]
 };
 
-/// What a kernel is launched with: (tensor map of weights, args, stream_k, evict_weights).
+/// What a kernel is launched with: (tensor maps of weights and of x, args, stream_k, boxes, evict_weights).
+/// `boxes`: the rows of x are those of out, and come by the map of x.
 struct Kernel {
   const void* function;
   std::size_t smem_bytes;

@@ -10,6 +10,7 @@
 #include "cuda/grouped_gemm/prepare_x.h"
 #include "cuda/has_sm90.h"
 #include "cuda/policy_override.h"
+#include "ops/permute.h"
 
 namespace moecore::cuda {
 namespace {
@@ -67,11 +68,15 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"prefill", &chosen.prefill, {0, 1}},
          {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
          {"stream_k", &chosen.stream_k, {0, 1}},
+         {"copy_rows", &chosen.copy_rows, {0, 1}},
          {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
+  policy.copy_rows = policy.copy_rows && p.row_token && policy.family == sm90::Family::kFp8 &&
+                     config.box_tokens > 0 &&
+                     ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
   policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
                     ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
   return policy;
@@ -110,11 +115,13 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
   const sm90::Policy policy = policy_for(p, device, ctx);
   const sm90::TileConfig config = policy.tiles();
   char text[256];
-  std::snprintf(text, sizeof(text),
-                "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s (about %.1f rows for each of %.0f "
-                "experts)",
-                config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
-                policy.stream_k ? "stream-K" : "whole tiles", policy.rows_per_expert, policy.experts);
+  std::snprintf(
+      text, sizeof(text),
+      "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s (about %.1f rows for each of %.0f "
+      "experts)",
+      config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
+      policy.stream_k ? "stream-K" : "whole tiles", policy.copy_rows ? ", rows copied first" : "",
+      policy.rows_per_expert, policy.experts);
   return text;
 }
 
@@ -135,6 +142,39 @@ Encode encoder() {
     return reinterpret_cast<Encode>(function);
   }();
   return encode;
+}
+
+template <int kDims>
+CUtensorMap encode_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&dims)[kDims],
+                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims],
+                       CUtensorMapSwizzle swizzle) {
+  cuuint32_t dense[kDims];
+  std::fill_n(dense, kDims, 1);
+  CUtensorMap map;
+  const CUresult status = encoder()(&map, type, kDims, const_cast<void*>(data), dims, strides, box, dense,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "grouped_gemm",
+        "encoding a tensor map");
+  return map;
+}
+
+CUtensorMapDataType element_type(DType dtype) {
+  return dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+/// The rows of x as the kernel reads them: dimensions (K, rows), a box the 128 bytes of config.box_tokens
+/// rows.
+CUtensorMap x_map(const GroupedGemmArgs& args, std::int64_t rows, DType dtype, sm90::Family family,
+                  const sm90::TileConfig& config) {
+  const bool codes = family == sm90::Family::kFp8;
+  const cuuint64_t bytes = codes ? 1 : 2;
+  const cuuint64_t dims[] = {static_cast<cuuint64_t>(args.k), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.x_stride) * bytes};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(sm90::kLineBytes / bytes),
+                            static_cast<cuuint32_t>(config.box_tokens)};
+  return encode_map(codes ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : element_type(dtype), args.x, dims, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 /// The weight rows of a tile for one step of K, in units of `elements` codes (fp4 counts bytes).
@@ -161,20 +201,10 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const s
     std::copy_n(gated_strides, 4, strides);
     std::copy_n(gated_box, 5, box);
   }
-  constexpr cuuint32_t kDense[5] = {1, 1, 1, 1, 1};
-  const CUtensorMapDataType type = !is_float                ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // Codes that become bf16 are read by threads, 64 bytes of a row after the other.
-  const CUtensorMapSwizzle swizzle =
-      family == sm90::Family::kDecoded ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B;
-  CUtensorMap map;
-  const CUresult status = encoder()(&map, type, 5, const_cast<void*>(p.weights), dims, strides, box, kDense,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "grouped_gemm",
-        "encoding a tensor map");
-  return map;
+  return encode_map(
+      is_float ? element_type(p.dtype) : CU_TENSOR_MAP_DATA_TYPE_UINT8, p.weights, dims, strides, box,
+      family == sm90::Family::kDecoded ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 /// The instance of `choose` for the policy's tiling and a gated epilogue or not.
@@ -221,6 +251,25 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
     args.offsets_settled = true;
     workspace += sm90::prepared_bytes(p.num_rows, p.k);
   }
+  bool ordered = !p.row_token;  // row r of out is made from row r of x
+  std::int64_t x_rows = p.x_rows;
+  if (policy.copy_rows) {
+    PermuteProblem copy;
+    copy.x = static_cast<const std::byte*>(p.x);
+    copy.x_pitch = p.x_stride;
+    copy.x_rows = p.x_rows;
+    copy.out = workspace;
+    copy.out_pitch = copy.row_bytes = p.k;
+    copy.out_rows = x_rows = p.num_rows;
+    copy.map.data = p.row_token;
+    permute(copy, ctx);
+    args.x = workspace;
+    args.x_stride = p.k;
+    args.offsets_settled = ordered = true;  // as above; row_token goes on to say where scales stand
+    workspace += copy.out_rows * p.k;
+  }
+  bool boxes = ordered && config.box_tokens > 0 && args.x_stride >= args.k;
+  CUtensorMap x = boxes ? x_map(args, x_rows, p.dtype, policy.family, config) : CUtensorMap{};
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
   sm90::StreamK stream_k;
   if (policy.stream_k) {
@@ -236,7 +285,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
                                    .smem_bytes = kernel.smem_bytes,
                                    .stream = stream(ctx),
                                    .dependent = true};
-  void* pointers[] = {&weights, &args, &stream_k, &evict_weights};
+  void* pointers[] = {&weights, &x, &args, &stream_k, &boxes, &evict_weights};
   launch_kernel("grouped_gemm", device, launch_config, kernel.function, pointers);
 }
 

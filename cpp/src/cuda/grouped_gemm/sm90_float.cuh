@@ -35,7 +35,7 @@ struct FloatLoop {
     int previous = 0;
     for (int k = work.begin; k < work.end; ++k) {
       barrier_wait(&s.full[at.stage], at.phase);
-      fence_async_proxy();
+      if (!engine.boxes) fence_async_proxy();
       const std::uint64_t weights = tile_descriptor(s.weights[at.stage] + warpgroup * 64 * kLineBytes);
       const std::uint64_t tokens = tile_descriptor(s.tokens[at.stage]);
       wgmma_fence();
