@@ -18,6 +18,7 @@ inline constexpr int kMaxExperts = kExpertGroup * kMaxExpertGroups;
 /// that neighbours share weights.
 struct TileShape {
   int max_tokens = 0;    // widest token tile, a multiple of 8
+  int token_step = 8;    // what the width of a tile is rounded up to, a power of two
   int weight_tiles = 0;  // tiles along the weight rows of one expert
 };
 

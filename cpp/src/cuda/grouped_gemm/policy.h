@@ -17,7 +17,6 @@ struct Policy {
   int prefill = 0;        // 1: wide tiles, 0: narrow ones over a deep ring
   int max_tokens = 0;     // widest tile taken, at most the configuration's
   int stream_k = 0;       // 1: equal runs of steps for every block instead of whole tiles
-  int copy_rows = 0;      // 1: with row_token, rows of x are first copied to where boxes can bring them
   int evict_weights = 0;  // 1: hardly an expert has two token tiles, so its weights need not stay in L2
   double experts = 0;     // expected to have rows
   double rows_per_expert = 0;
@@ -46,10 +45,6 @@ constexpr double weight_bytes(FormPair forms) {
 
 /// Uniform routing to so many on average rarely gives an expert more than the 32 of a narrow tile.
 inline constexpr double kOneTileRows = 20;
-
-/// Above so many rows an expert, tensor cores limit the fp8 tiles, no longer the reading of weights, and rows
-/// gathered by threads come too slowly for them (sm90.cuh).
-inline constexpr double kCopyRows = 96;
 
 /// What decides between tilings, measured on an H200.
 struct Limits {
@@ -80,7 +75,6 @@ inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_
   policy.prefill = policy.rows_per_expert > limit.decode_rows;
   const TileConfig config = policy.tiles();
   policy.max_tokens = config.max_tokens;
-  policy.copy_rows = policy.family == Family::kFp8 && policy.prefill && policy.rows_per_expert > kCopyRows;
   policy.evict_weights = policy.rows_per_expert <= kOneTileRows;
   const double waves = policy.experts * std::ceil(static_cast<double>(weight_rows) / config.rows()) / num_sms;
   const double bytes = policy.experts * weight_bytes(forms) * static_cast<double>(weight_rows * k);
@@ -92,7 +86,7 @@ inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_
 /// Of a policy: prepared x or the copy of its rows, then the parts of stream-K.
 inline std::size_t workspace_bytes(const Policy& policy, std::int64_t rows, std::int64_t k) {
   return (policy.family == Family::kDecoded ? prepared_bytes(rows, k) : 0) +
-         (policy.copy_rows ? static_cast<std::size_t>(rows * k) : 0) +
+         (policy.tiles().tokens_are_rows() ? static_cast<std::size_t>(rows * k) : 0) +
          (policy.tiles().stream_k ? StreamK::kBytes : 0);
 }
 inline std::size_t workspace_bytes(FormPair forms, std::int64_t rows, std::int64_t num_experts,

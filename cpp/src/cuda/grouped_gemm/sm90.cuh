@@ -38,6 +38,8 @@
 //                            faster for it, bf16 5 to 9 % slower)
 //   Gather                   the gathering threads' part of it: Gather(engine, work, thread).copy(stage, k)
 //   multiply<N>(...)         the ring's steps of one work item, into d
+//   compute(...)             instead, with its own epilogue, where a tile's tokens are the operand of rows
+//                            (sm90_fp8_prefill.cuh)
 //
 // Sums run in ascending k. With whole tiles the bits of a row depend on x, the weights and K alone; with
 // stream-K they also depend on where the tile is cut, that is on the counts of all experts.
@@ -115,6 +117,7 @@ struct SwapAb {
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
   static constexpr int kBoxTokens = kConfig.box_tokens;
+  static constexpr bool kTokensAreRows = kConfig.tokens_are_rows();
   static constexpr bool kEveryWidth = typename Loop::template Widths<kTiling>{}.size() == kMaxTokens / 8;
   static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
@@ -355,7 +358,10 @@ struct SwapAb {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) return;
-      compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
+      if constexpr (kTokensAreRows)
+        Loop::compute(*this, work, at);
+      else
+        compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
     }
   }
 
@@ -499,7 +505,7 @@ struct SwapAb {
         const int g = c * kGroupsAtOnce + i % kGroupsAtOnce;
         v[i] = g < kGroups ? pack(g, i / kGroupsAtOnce) : 0;
       }
-      store_matrices(smem_address(buffer) + to, v);
+      store_matrices<true>(smem_address(buffer) + to, v);
       warpgroup_sync(warpgroup);
       if (token + row < tile.rows && column < args.epilogue.columns)
         *reinterpret_cast<uint4*>(out + (token + row) * args.epilogue.out_stride) =
@@ -536,7 +542,7 @@ __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(),
   Engine engine{s,
                 args,
                 stream_k,
-                Engine::kBoxTokens > 0 && boxes,
+                Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes),
                 (args.k + Loop::kStepK - 1) / Loop::kStepK,
                 by_steps ? count_tiles(args, s.group_tiles) : 0,
                 by_steps};

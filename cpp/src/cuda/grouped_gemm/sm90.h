@@ -24,6 +24,9 @@ struct TileConfig {
   int stages;          // of the ring
   bool stream_k;       // can cut tiles along K
   int box_tokens = 0;  // token rows that the copy engine brings at once; 0: they are always gathered
+  /// 0: weights are the operand of rows, 64 in each block. Else so many weights are that of columns, and
+  /// tokens that of rows, 64 in each warpgroup: they must stand in order.
+  int weight_columns = 0;
   int warpgroups = 2;  // that compute
   int blocks = 2;      // of 64 weight rows in each of them
   const char* instruction = "wgmma";
@@ -32,7 +35,12 @@ struct TileConfig {
   constexpr bool whole_boxes() const {  // of eight rows, the swizzle's period
     return box_tokens == 0 || (box_tokens % 8 == 0 && max_tokens % box_tokens == 0);
   }
-  constexpr int rows() const { return 64 * warpgroups * blocks; }  // of weights in a tile
+  constexpr bool tokens_are_rows() const { return weight_columns > 0; }
+  constexpr int rows() const {  // of weights in a tile
+    return tokens_are_rows() ? weight_columns : 64 * warpgroups * blocks;
+  }
+  /// What the tokens of a tile are rounded up to.
+  constexpr int token_step() const { return tokens_are_rows() ? max_tokens : 8; }
 };
 
 enum class Tiling { kDecode, kPrefill };
@@ -41,7 +49,13 @@ inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
      {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false, .box_tokens = 16}},
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-     {.name = "prefill", .max_tokens = 96, .stages = 4, .stream_k = false, .box_tokens = 32}},
+     {.name = "prefill",
+      .max_tokens = 128,
+      .stages = 5,
+      .stream_k = false,
+      .box_tokens = 64,
+      .weight_columns = 192,
+      .blocks = 1}},
     {{.name = "decode",
       .max_tokens = 32,
       .stages = 8,

@@ -68,18 +68,26 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"prefill", &chosen.prefill, {0, 1}},
          {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
          {"stream_k", &chosen.stream_k, {0, 1}},
-         {"copy_rows", &chosen.copy_rows, {0, 1}},
          {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
+  auto workspace_suffices = [&] {
+    return ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
+  };
+  // Rows that cannot be put in order, or are no box, are gathered.
+  if (policy.tiles().tokens_are_rows() && (p.row_token ? !workspace_suffices() : p.x_stride < p.k))
+    policy.prefill = 0;
   const sm90::TileConfig config = policy.tiles();
-  policy.max_tokens = std::min(policy.max_tokens, config.max_tokens);
-  policy.copy_rows = policy.copy_rows && p.row_token && policy.family == sm90::Family::kFp8 &&
-                     config.box_tokens > 0 &&
-                     ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
+  policy.max_tokens =
+      config.tokens_are_rows() ? config.max_tokens : std::min(policy.max_tokens, config.max_tokens);
   policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
-                    ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
+                    workspace_suffices();
   return policy;
+}
+
+/// Tiles whose tokens must stand in order, and rows of x that do not.
+bool copies_rows(const GroupedGemmProblem& p, const sm90::TileConfig& config) {
+  return config.tokens_are_rows() && p.row_token;
 }
 
 /// The rules of the copy engine and of 16-byte accesses.
@@ -120,8 +128,8 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
       "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s (about %.1f rows for each of %.0f "
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
-      policy.stream_k ? "stream-K" : "whole tiles", policy.copy_rows ? ", rows copied first" : "",
-      policy.rows_per_expert, policy.experts);
+      policy.stream_k ? "stream-K" : "whole tiles",
+      copies_rows(p, config) ? ", rows of x put in order first" : "", policy.rows_per_expert, policy.experts);
   return text;
 }
 
@@ -241,6 +249,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   CUtensorMap weights = weight_map(p, policy.family, config);
   GroupedGemmArgs args = device_args(p);
   args.tiles = {.max_tokens = policy.max_tokens,
+                .token_step = config.token_step(),
                 .weight_tiles = static_cast<int>((p.n + config.rows() - 1) / config.rows())};
   std::byte* workspace = ctx.workspace.data();
   if (policy.family == sm90::Family::kDecoded) {
@@ -253,7 +262,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   }
   bool ordered = !p.row_token;  // row r of out is made from row r of x
   std::int64_t x_rows = p.x_rows;
-  if (policy.copy_rows) {
+  if (copies_rows(p, config)) {
     PermuteProblem copy;
     copy.x = static_cast<const std::byte*>(p.x);
     copy.x_pitch = p.x_stride;

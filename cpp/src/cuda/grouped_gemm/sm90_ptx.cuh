@@ -120,12 +120,18 @@ __device__ __forceinline__ uint4 load_16(std::uint32_t from) {
                : "memory");
   return v;
 }
-/// Transposing store of four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix
-/// l / 8.
+/// Stores four 8x8 matrices of 16-bit elements, transposed or not; lane l gives the address of row l % 8 of
+/// matrix l / 8.
+template <bool kTransposed>
 __device__ __forceinline__ void store_matrices(std::uint32_t to, const std::uint32_t (&v)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(to), "r"(v[0]),
-               "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
+  if constexpr (kTransposed)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(to), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(to), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
 }
 
 }  // namespace moecore::cuda::sm90

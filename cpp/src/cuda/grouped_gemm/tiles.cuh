@@ -3,8 +3,9 @@
 // expert_offsets.
 //
 // An expert with r rows is cut into n = ceil(r / max_tokens) token tiles of one width, ceil(r / n) rounded up
-// to 8, so that padding stays below 8 rows a tile. Two steps find a tile: the block keeps the token tiles of
-// every group of 32 experts, and a warp scans the 32 experts of the group that holds the tile.
+// to the tiling's step: 8, so that padding stays below 8 rows a tile, or max_tokens. Two steps find a tile:
+// the block keeps the token tiles of every group of 32 experts, and a warp scans the 32 experts of the group
+// that holds the tile.
 
 #include "cuda/grouped_gemm/args.h"
 
@@ -66,7 +67,7 @@ class TileCursor {
     number -= (__shfl_sync(~0u, tiles_through_, owner) - tiles) * weight_tiles;
 
     const int weight_tile = number / tiles;
-    const int width = ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+    const int step = args_.tiles.token_step, width = ((rows + tiles - 1) / tiles + step - 1) & -step;
     const int first = (number - weight_tile * tiles) * width;
     return Tile{group_ * kExpertGroup + owner, weight_tile, begin + first, min(width, rows - first)};
   }
