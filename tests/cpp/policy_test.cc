@@ -456,6 +456,39 @@ TEST(PolicyGroupedGemm, TilesFitTheCopyEngineAndTheWorkspace) {
     }
 }
 
+TEST(PolicyGroupedGemm, TilesWithWholeBlocksOfScalesLeaveCodes) {
+  constexpr FormPair kBlocks{OperandForm::kFp8Block128, OperandForm::kFp8Block128};
+  auto refusal = [](const cuda::sm90::Policy& policy, FormPair forms, bool gated, std::int64_t columns,
+                    const QuantFormat& format) {
+    return cuda::sm90::quantized_out_refusal(policy, forms, gated, columns, format);
+  };
+  // A tile must have all the columns of a scale: 128 of out, from 256 gated weight rows.
+  for (int prefill : {0, 1}) {
+    cuda::sm90::Policy policy{.family = cuda::sm90::Family::kFp8, .prefill = prefill};
+    const bool whole = policy.tiles().rows() == 256;
+    for (std::int64_t columns : {128, 768, 1536, 2048})
+      EXPECT_EQ(refusal(policy, kBlocks, true, columns, QuantFormat::fp8_block128()).empty(), whole)
+          << columns;
+    for (std::int64_t columns : {64, 192, 1408 + 16})
+      EXPECT_FALSE(refusal(policy, kBlocks, true, columns, QuantFormat::fp8_block128()).empty()) << columns;
+    EXPECT_FALSE(refusal(policy, kBlocks, false, 768, QuantFormat::fp8_block128()).empty());
+    policy.quantize_out = 0;
+    EXPECT_FALSE(refusal(policy, kBlocks, true, 768, QuantFormat::fp8_block128()).empty());
+  }
+  const cuda::sm90::Policy narrow{.family = cuda::sm90::Family::kFp8};
+  EXPECT_TRUE(refusal(narrow, kBlocks, true, 768, QuantFormat::fp8_block128()).empty());
+  for (const QuantFormat& format :
+       {QuantFormat::fp8_token(), QuantFormat::mxfp8(), QuantFormat::nvfp4(),
+        QuantFormat::fp8_block128_e8m0(), QuantFormat::fp8_block128(ScaleLayout::kColumnMajor)})
+    EXPECT_FALSE(refusal(narrow, kBlocks, true, 768, format).empty());
+  const FormPair tokens{OperandForm::kFp8Token, OperandForm::kFp8Token};
+  EXPECT_FALSE(refusal(narrow, tokens, true, 768, QuantFormat::fp8_token()).empty());
+  EXPECT_FALSE(refusal(narrow, tokens, true, 768, QuantFormat::fp8_block128()).empty());
+  for (cuda::sm90::Family family : {cuda::sm90::Family::kFloat, cuda::sm90::Family::kDecoded})
+    for (const cuda::sm90::TileConfig& config : cuda::sm90::kTileConfigs[static_cast<int>(family)])
+      EXPECT_FALSE(cuda::sm90::holds_scale_blocks(family, config)) << config.name;
+}
+
 // gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.
 TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
   struct Choice {

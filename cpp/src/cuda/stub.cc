@@ -44,6 +44,9 @@ void activate(const ActivateProblem&, const ExecContext&) {
 void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
   refuse("grouped_gemm");
 }
+std::string quantized_out_refusal(const GroupedGemmProblem&, const ExecContext&) {
+  refuse("grouped_gemm");
+}
 void finalize(const FinalizeProblem&, const ExecContext&) {
   refuse("finalize");
 }

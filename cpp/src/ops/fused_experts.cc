@@ -1,5 +1,5 @@
 // fused_experts: validates the whole layer first, then hands it to the engine that runs a few routes in one
-// piece, or carves the workspace and calls the public ops in turn.
+// piece, or carves the workspace and runs the ops in turn.
 
 #include "moecore/fused_experts.h"
 
@@ -173,6 +173,25 @@ std::optional<QuantFormat> check_formats(const Check& check, const TensorView& w
   return s13 ? std::optional(s13->format) : std::nullopt;
 }
 
+// Has the product leave its rows as the next one's codes where an engine can, which keeps a pass over them,
+// and says whether it does.
+bool leave_codes(GroupedGemmProblem& product, const QuantizedRows& to, const OperandScales& scales,
+                 const ExecContext& ctx) {
+  if (ctx.device.type != DeviceType::kCUDA) return false;
+  product.quantized_out = {.format = scales.format,
+                           .codes = static_cast<std::uint8_t*>(to.codes.data),
+                           .pitch = to.codes.strides[0],
+                           .scales = static_cast<float*>(to.scales.data),
+                           .scale_pitch = to.scales.strides[0]};
+  const std::string why = cuda::quantized_out_refusal(product, ctx);
+  if (why.empty()) return true;
+  product.quantized_out.reset();
+  if (ctx.explain)
+    ctx.explain->append(
+        "fused_experts: a pass quantises the rows between the products; not the first one: " + why + "\n");
+  return false;
+}
+
 }  // namespace
 
 std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k,
@@ -265,23 +284,34 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   }
   GroupedGemmOptions gemm2{
       .bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
-  // `rows` as the operand of a product that takes it quantised; `scale` is a static fp8 scale or nvfp4's g.
-  auto quantized = [&](const TensorView& rows, const QuantizedRows& to,
-                       const std::optional<TensorView>& scale, const ExpertRows& which,
-                       GroupedGemmOptions& gemm) {
+  // The scales of a quantised operand; `scale` is a static fp8 scale or nvfp4's g.
+  auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
     const QuantFormat f = layer_format(*options.x_format);
-    gemm.x_scales = OperandScales{f, f.static_scale ? *scale : to.scales};
-    if (f.kind == QuantKind::kNvfp4) gemm.x_scales->global_scale = scale;
-    quantize(rows, to.codes, gemm.x_scales->scales, f,
-             {.rows = which, .global_scale = gemm.x_scales->global_scale}, inner);
-    return to.codes;
+    OperandScales scales{f, f.static_scale ? *scale : rows.scales};
+    if (f.kind == QuantKind::kNvfp4) scales.global_scale = scale;
+    return scales;
   };
-  const TensorView operand1 = options.x_format ? quantized(x, layout.x, options.x_scale, {}, gemm1) : x;
-  grouped_gemm(operand1, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
-  const TensorView operand2 = options.x_format
-                                  ? quantized(layout.inter_rows, layout.inter, options.inter_scale,
-                                              {.expert_offsets = layout.plan.expert_offsets}, gemm2)
-                                  : layout.inter_rows;
+  auto quantize_rows = [&](const TensorView& rows, const QuantizedRows& to, const OperandScales& scales,
+                           const ExpertRows& which) {
+    quantize(rows, to.codes, scales.scales, scales.format,
+             {.rows = which, .global_scale = scales.global_scale}, inner);
+  };
+  TensorView operand1 = x, operand2 = layout.inter_rows;
+  if (options.x_format) {
+    gemm1.x_scales = scales_of(layout.x, options.x_scale);
+    gemm2.x_scales = scales_of(layout.inter, options.inter_scale);
+    operand1 = layout.x.codes;
+    operand2 = layout.inter.codes;
+    quantize_rows(x, layout.x, *gemm1.x_scales, {});
+  }
+  GroupedGemmProblem up =
+      make_grouped_gemm_problem(Check("grouped_gemm", inner), operand1, experts.w13,
+                                layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  const bool leaves_codes = options.x_format && leave_codes(up, layout.inter, *gemm2.x_scales, inner);
+  run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, inner);
+  if (options.x_format && !leaves_codes)
+    quantize_rows(layout.inter_rows, layout.inter, *gemm2.x_scales,
+                  {.expert_offsets = layout.plan.expert_offsets});
   grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, inner);
 
   FinalizeOptions last{.residual = options.residual};
