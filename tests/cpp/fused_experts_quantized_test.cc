@@ -187,8 +187,8 @@ TEST_P(FusedExpertsQuantized, IsTheComposition) {
   }
 }
 
-// fp8_block128 on Hopper: the first product's tiles leave their rows as codes. Against the form with a pass
-// that quantises them and against the public ops, tiling by tiling.
+// fp8_block128 in fewer launches: few tokens are quantised beside the plan, and on Hopper the first product's
+// tiles leave their rows as codes. Against the forms with passes of their own and against the public ops.
 class FusedExpertsCodes : public LayerTest {
  protected:
   const FormatPair block128{"fp8 block128", QuantFormat::fp8_block128(), QuantFormat::fp8_block128()};
@@ -203,7 +203,13 @@ class FusedExpertsCodes : public LayerTest {
   }
 
   void expect_same_bits(const QuantizedLayer& layer) {
-    EXPECT_TRUE(equal(layer.run(), layer.compose())) << "against the composition of the public ops";
+    const Array composed = layer.compose();
+    EXPECT_TRUE(equal(layer.run(), composed)) << "against the composition of the public ops";
+    EXPECT_TRUE(equal(layer.run("plan_quantize.fused=0"), composed)) << "plan, then quantize";
+    EXPECT_TRUE(equal(layer.run("grouped_gemm.portable=1"),
+                      layer.run("grouped_gemm.portable=1 plan_quantize.fused=0")))
+        << "plan, then quantize, before the portable engine";
+    if (explain(layer, "").find("wgmma") == std::string::npos) return;
     for (std::string_view tiles :
          {"prefill=0 grouped_gemm.stream_k=0", "prefill=0 grouped_gemm.stream_k=1",
           "prefill=0 grouped_gemm.max_tokens=8", "prefill=0 grouped_gemm.max_tokens=24", "prefill=1",
@@ -219,6 +225,10 @@ class FusedExpertsCodes : public LayerTest {
 TEST_P(FusedExpertsCodes, AnyRoutingAndWidth) {
   for (const RoutingCase& routing : {RoutingCase{1, 2, 8},
                                      {1, 8, 8},
+                                     {2, 8, 16},
+                                     {31, 16, 40},
+                                     {128, 4, 30},
+                                     {129, 4, 30},
                                      {0, 2, 4},
                                      {5, 2, 6, Routing::kAllDropped},
                                      {40, 4, 17, Routing::kInvalid},
@@ -282,6 +292,9 @@ TEST_P(FusedExpertsCodes, ExplainSaysWhoQuantises) {
     return explain(QuantizedLayer(c, pair, device(), dtype(), Random(1)), policy);
   };
   const std::string narrow = text(128, "", block128);
+  EXPECT_NE(narrow.find("plan_quantize: cuda, one launch"), std::string::npos) << narrow;
+  EXPECT_NE(text(128, "plan_quantize.fused=0", block128).find("not one launch: the policy says fused=0"),
+            std::string::npos);
   if (narrow.find("wgmma, decode: 256 weight rows") == std::string::npos)
     GTEST_SKIP() << "no tiles of 256 weight rows here: " << narrow;
   EXPECT_NE(narrow.find("rows left as codes"), std::string::npos) << narrow;

@@ -78,6 +78,9 @@ struct QuantizeArgs {
   ActivationParams activation{};
 };
 
+/// The arguments but for what depends on the policy.
+QuantizeArgs make_quantize_args(const QuantizeProblem& p);
+
 /// Words of a row of scales that one warp of the padding blocks zeroes.
 inline constexpr int kPaddingWords = 8;
 
