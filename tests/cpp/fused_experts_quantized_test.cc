@@ -69,18 +69,24 @@ struct QuantizedLayer {
             .inter_scale = Layer::view(inter_scale)};
   }
 
+  std::size_t workspace_bytes() const {
+    const RoutingCase& r = c.routing;
+    const TensorView x = layer.x_tensor.view();
+    return fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter, x.dtype,
+                                         x.device, pair.x, pair.weights);
+  }
+  void run_into(Tensor& out, const ExecContext& context) const {
+    fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
+                  experts(), out, options(), context);
+  }
   // With `explain` the layer says what it would run.
   Array run(std::string_view policy = "", std::string* explain = nullptr) const {
-    const RoutingCase& r = c.routing;
-    const Device device = layer.x_tensor.view().device;
-    const DType dtype = layer.x_tensor.view().dtype;
-    Tensor out(device, dtype, {r.num_tokens, c.hidden});
-    Call call(device, fused_experts_workspace_bytes(r.num_tokens, r.top_k, c.num_experts(), c.hidden, c.inter,
-                                                    dtype, device, pair.x, pair.weights));
+    const TensorView x = layer.x_tensor.view();
+    Tensor out(x.device, x.dtype, {c.routing.num_tokens, c.hidden});
+    Call call(x.device, workspace_bytes());
     call.context().policy = policy;
     call.context().explain = explain;
-    fused_experts(layer.x_tensor.read_only(), layer.weight_tensor.read_only(), layer.id_tensor.read_only(),
-                  experts(), out, options(), call);
+    run_into(out, call);
     EXPECT_TRUE(out.surroundings_intact());
     EXPECT_TRUE(call.workspace_intact());
     return out.get();
@@ -283,6 +289,39 @@ TEST_P(FusedExpertsCodes, AnyValueAndRule) {
     quantized.w13.decode();
     quantized.w13.upload(device());
     expect_same_bits(quantized);
+  }
+}
+
+// Two layers in a row in one workspace, where each kernel may start while the one before it drains.
+TEST_P(FusedExpertsCodes, ReplaysAsAGraph) {
+  for (const RoutingCase& routing : {RoutingCase{1, 8, 16}, {60, 4, 12}, {200, 4, 12}}) {
+    const LayerCase c{.routing = routing, .hidden = 256, .inter = 384};
+    SCOPED_TRACE(::testing::Message() << c);
+    QuantizedLayer first(c, block128, device(), dtype(), Random(6)),
+        second(c, block128, device(), dtype(), Random(7));
+    Tensor out1(device(), dtype(), {routing.num_tokens, c.hidden}),
+        out2(device(), dtype(), {routing.num_tokens, c.hidden});
+    const Stream stream(device());
+    Call call(device(), first.workspace_bytes());
+    call.context().stream = stream.get();
+    const auto work = [&] {
+      first.run_into(out1, call);
+      second.run_into(out2, call);
+    };
+    work();  // the first call may load kernels
+    synchronize(device());
+    Graph graph(stream, work);
+    for (std::uint64_t seed : {1, 2, 3}) {
+      for (QuantizedLayer* quantized : {&first, &second}) {
+        quantized->layer.ids = c.routing.ids(seed);
+        quantized->layer.id_tensor.set(quantized->layer.ids);
+      }
+      out1.poison();
+      out2.poison();
+      graph.launch();
+      EXPECT_TRUE(equal(out1.get(), first.compose())) << "replay " << seed;
+      EXPECT_TRUE(equal(out2.get(), second.compose())) << "replay " << seed;
+    }
   }
 }
 

@@ -451,6 +451,7 @@ TEST(PolicyPlanQuantize, TakesFewTokensInWholeUnits) {
   EXPECT_TRUE(taken(as_it_is, 64));
   EXPECT_FALSE(taken(as_it_is, 65));
   EXPECT_FALSE(taken(as_it_is, 0));
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& q) { q.plan.top_k = 0; }, 1 << 20)) << "no routes, many tokens";
   EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.x = address(2); }));
   EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.dtype = DType::kF16; }));
   EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.format = QuantFormat::fp8_token(); }));

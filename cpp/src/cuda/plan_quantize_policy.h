@@ -42,7 +42,8 @@ inline std::string_view plan_quantize_refusal(const PlanQuantizePolicy& policy,
   if (f.kind != QuantKind::kFp8 || f.granularity != Granularity::kBlock128 || p.tokens.dtype != DType::kBF16)
     return "it quantises bf16 to fp8_block128";
   if (!whole_units(p.tokens)) return "rows of x are not aligned units of 16 columns";
-  if (token_parts(policy, p) > kMaxGrid) return "rows of x are too long for its grid";
+  if (token_parts(policy, p) > kMaxGrid || p.plan.num_tokens >= kMaxGrid)
+    return "x is too large for its grid";
   return "";
 }
 

@@ -43,9 +43,9 @@ QuantFormat layer_format(QuantFormat f) {
 // The tensors of one call inside the workspace. Built over a null base to learn the size.
 struct Layout {
   Plan plan;
-  TensorView row_weights, inter_rows, out_rows;
-  QuantizedRows x, inter;        // with an x_format
-  std::span<std::byte> scratch;  // shared by the ops, which run one after the other
+  TensorView row_weights, inter_rows, out_rows;  // inter_rows: unused where a product leaves codes
+  QuantizedRows x, inter;                        // with an x_format
+  std::span<std::byte> scratch;                  // shared by the ops, which run one after the other
   std::size_t bytes = 0;
 
   Layout(std::byte* base, std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts,
