@@ -14,6 +14,7 @@
 #include "cuda/grouped_gemm/policy.h"
 #include "cuda/permute_policy.h"
 #include "cuda/plan_policy.h"
+#include "cuda/plan_quantize_policy.h"
 #include "cuda/policy_override.h"
 #include "cuda/quantize_policy.h"
 #include "cuda/route_plan_policy.h"
@@ -394,6 +395,73 @@ TEST(PolicyQuantize, WholeUnitsNeedAlignmentAndNoTail) {
   EXPECT_FALSE(cuda::source_is_aligned(q));
 }
 
+// Some layer's beginning: T tokens of H bf16 columns to fp8_block128.
+PlanQuantizeProblem plan_quantize_problem(std::int64_t num_tokens, std::int64_t top_k,
+                                          std::int64_t num_experts, std::int64_t hidden) {
+  PlanQuantizeProblem p;
+  p.plan.num_tokens = num_tokens;
+  p.plan.top_k = top_k;
+  p.plan.num_experts = num_experts;
+  p.tokens.format = QuantFormat::fp8_block128();
+  p.tokens.dtype = DType::kBF16;
+  p.tokens.x = address(16);
+  p.tokens.data = static_cast<std::uint8_t*>(address(16));
+  p.tokens.rows = p.tokens.out_rows = num_tokens;
+  p.tokens.x_stride = p.tokens.cols = p.tokens.padded_cols = p.tokens.data_pitch = hidden;
+  p.tokens.scales = {.bytes = 4, .cols = (hidden + 127) / 128};
+  return p;
+}
+
+TEST(PolicyPlanQuantize, OneLaunchHoldsEveryRouteAndColumn) {
+  int launches = 0;
+  for (std::int64_t num_tokens : {0, 1, 4, 5, 16, 64, 65, 512, 5000})
+    for (std::int64_t num_experts : {1, 31, 128, 256, 1024, 2048})
+      for (std::int64_t top_k : {1, 8, 16})
+        for (std::int64_t hidden : kWidths)
+          for (int compute_capability : {80, 90}) {
+            SCOPED_TRACE(::testing::Message()
+                         << "T=" << num_tokens << " E=" << num_experts << " K=" << top_k << " H=" << hidden);
+            const PlanQuantizeProblem p = plan_quantize_problem(num_tokens, top_k, num_experts, hidden);
+            const cuda::PlanQuantizePolicy policy = cuda::select_plan_quantize_policy(p, compute_capability);
+            if (!cuda::plan_quantize_refusal(policy, p).empty()) continue;
+            ++launches;
+            ASSERT_EQ(policy.plan.launches, 1);
+            ASSERT_EQ(policy.plan.blocks, 1);
+            ASSERT_LE(policy.plan.threads, kMaxThreads);
+            ASSERT_EQ(policy.plan.threads % 32, 0);
+            ASSERT_TRUE(policy.plan.tiny || policy.plan.threads >= num_tokens * top_k);
+            ASSERT_LE(cuda::plan_smem_bytes(policy.plan, num_tokens * top_k, num_experts),
+                      std::size_t{99} * 1024);
+            ASSERT_LE(1 + num_tokens, kMaxGridY);
+            const std::int64_t parts = cuda::token_parts(policy, p);
+            ASSERT_LE(parts, kMaxGridY);
+            ASSERT_GE(parts * policy.plan.threads * cuda::kUnit, (hidden + 127) / 128 * 128);
+          }
+  EXPECT_GT(launches, 0);
+}
+
+TEST(PolicyPlanQuantize, TakesFewTokensInWholeUnits) {
+  auto taken = [](auto&& change, std::int64_t num_tokens = 1) {
+    PlanQuantizeProblem p = plan_quantize_problem(num_tokens, 8, 128, 2048);
+    change(p);
+    return cuda::plan_quantize_refusal(cuda::select_plan_quantize_policy(p, 90), p).empty();
+  };
+  auto as_it_is = [](PlanQuantizeProblem&) {};
+  EXPECT_TRUE(taken(as_it_is));
+  EXPECT_TRUE(taken(as_it_is, 64));
+  EXPECT_FALSE(taken(as_it_is, 65));
+  EXPECT_FALSE(taken(as_it_is, 0));
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& q) { q.plan.top_k = 0; }, 1 << 20)) << "no routes, many tokens";
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.x = address(2); }));
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.dtype = DType::kF16; }));
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.format = QuantFormat::fp8_token(); }));
+  EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.cols = p.tokens.padded_cols = 2044; }));
+  const PlanQuantizeProblem p = plan_quantize_problem(1, 8, 128, 2048);
+  cuda::PlanQuantizePolicy apart = cuda::select_plan_quantize_policy(p, 90);
+  apart.fused = 0;
+  EXPECT_FALSE(cuda::plan_quantize_refusal(apart, p).empty());
+}
+
 TEST(PolicyOverride, ReplacesNamedFieldsAndRefusesOthers) {
   int threads = 256, unroll = 4;
   const auto apply = [&](std::string_view text) {
@@ -454,6 +522,39 @@ TEST(PolicyGroupedGemm, TilesFitTheCopyEngineAndTheWorkspace) {
                   cuda::sm90::StreamK::kSlotFloats);
       }
     }
+}
+
+TEST(PolicyGroupedGemm, TilesWithWholeBlocksOfScalesLeaveCodes) {
+  constexpr FormPair kBlocks{OperandForm::kFp8Block128, OperandForm::kFp8Block128};
+  auto refusal = [](const cuda::sm90::Policy& policy, FormPair forms, bool gated, std::int64_t columns,
+                    const QuantFormat& format) {
+    return cuda::sm90::quantized_out_refusal(policy, forms, gated, columns, format);
+  };
+  // A tile must have all the columns of a scale: 128 of out, from 256 gated weight rows.
+  for (int prefill : {0, 1}) {
+    cuda::sm90::Policy policy{.family = cuda::sm90::Family::kFp8, .prefill = prefill};
+    const bool whole = policy.tiles().rows() == 256;
+    for (std::int64_t columns : {128, 768, 1536, 2048})
+      EXPECT_EQ(refusal(policy, kBlocks, true, columns, QuantFormat::fp8_block128()).empty(), whole)
+          << columns;
+    for (std::int64_t columns : {64, 192, 1408 + 16})
+      EXPECT_FALSE(refusal(policy, kBlocks, true, columns, QuantFormat::fp8_block128()).empty()) << columns;
+    EXPECT_FALSE(refusal(policy, kBlocks, false, 768, QuantFormat::fp8_block128()).empty());
+    policy.quantize_out = 0;
+    EXPECT_FALSE(refusal(policy, kBlocks, true, 768, QuantFormat::fp8_block128()).empty());
+  }
+  const cuda::sm90::Policy narrow{.family = cuda::sm90::Family::kFp8};
+  EXPECT_TRUE(refusal(narrow, kBlocks, true, 768, QuantFormat::fp8_block128()).empty());
+  for (const QuantFormat& format :
+       {QuantFormat::fp8_token(), QuantFormat::mxfp8(), QuantFormat::nvfp4(),
+        QuantFormat::fp8_block128_e8m0(), QuantFormat::fp8_block128(ScaleLayout::kColumnMajor)})
+    EXPECT_FALSE(refusal(narrow, kBlocks, true, 768, format).empty());
+  const FormPair tokens{OperandForm::kFp8Token, OperandForm::kFp8Token};
+  EXPECT_FALSE(refusal(narrow, tokens, true, 768, QuantFormat::fp8_token()).empty());
+  EXPECT_FALSE(refusal(narrow, tokens, true, 768, QuantFormat::fp8_block128()).empty());
+  for (cuda::sm90::Family family : {cuda::sm90::Family::kFloat, cuda::sm90::Family::kDecoded})
+    for (const cuda::sm90::TileConfig& config : cuda::sm90::kTileConfigs[static_cast<int>(family)])
+      EXPECT_FALSE(cuda::sm90::holds_scale_blocks(family, config)) << config.name;
 }
 
 // gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.

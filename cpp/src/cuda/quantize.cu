@@ -38,43 +38,6 @@ bool is_silu_and_mul(const Activation& a) {
          (a.order == GateOrder::kGateUp || a.order == GateOrder::kUpGate);
 }
 
-/// The arguments but for what depends on the policy.
-QuantizeArgs make_args(const QuantizeProblem& p) {
-  constexpr std::int64_t kMostColumns = std::int64_t{1} << 30;
-  if (p.padded_cols > kMostColumns || p.cols > kMostColumns)
-    throw Unsupported("quantize: the CUDA engine takes rows of at most 2^30 columns");
-  const bool by_token = quantizes_tokens(p);
-  QuantizeArgs args{.x = p.x,
-                    .x_stride = p.x_stride,
-                    .cols = static_cast<int>(p.cols),
-                    .data = p.data,
-                    .data_pitch = p.data_pitch,
-                    .padded_cols = static_cast<int>(p.padded_cols),
-                    .x_aligned = source_is_aligned(p),
-                    .data_aligned = data_is_aligned(p),
-                    .scales = p.scales,
-                    .stored_blocks = static_cast<int>(stored_blocks(p.scales)),
-                    .map = ScaleMap(p.scales),
-                    .rule = {.amax_floor = p.format.amax_floor,
-                             .amax_cap = p.format.amax_cap,
-                             .power_of_two = p.format.kind != QuantKind::kFp8 || p.format.power_of_two,
-                             .exponent = power_of_two_rule(p.format)},
-                    .global_scale = p.global_scale,
-                    .global_scale_per_expert = p.global_scale_per_expert,
-                    .experts = p.experts,
-                    .rows = p.out_rows,
-                    .num_tasks = by_token ? p.rows : p.out_rows,
-                    .row_token = by_token ? nullptr : p.row_token,
-                    .slot_row = by_token ? p.slot_row : nullptr,
-                    .top_k = static_cast<int>(p.top_k)};
-  if (p.activation) {
-    args.order = p.activation->order;
-    args.kind = p.activation->kind;
-    args.activation = activation_params(*p.activation);
-  }
-  return args;
-}
-
 /// Tiles of kTile columns of every row.
 void set_tiles(QuantizeArgs& args, std::int64_t columns) {
   const std::int64_t tiles = std::max<std::int64_t>(1, (columns + kTile - 1) / kTile);
@@ -213,6 +176,39 @@ __global__ void __launch_bounds__(kThreads) convert_scales_kernel(const __grid_c
 
 }  // namespace
 
+QuantizeArgs make_quantize_args(const QuantizeProblem& p) {
+  constexpr std::int64_t kMostColumns = std::int64_t{1} << 30;
+  if (p.padded_cols > kMostColumns || p.cols > kMostColumns)
+    throw Unsupported("quantize: the CUDA engine takes rows of at most 2^30 columns");
+  const bool by_token = quantizes_tokens(p);
+  QuantizeArgs args{.x = p.x,
+                    .x_stride = p.x_stride,
+                    .cols = static_cast<int>(p.cols),
+                    .data = p.data,
+                    .data_pitch = p.data_pitch,
+                    .padded_cols = static_cast<int>(p.padded_cols),
+                    .x_aligned = source_is_aligned(p),
+                    .data_aligned = data_is_aligned(p),
+                    .scales = p.scales,
+                    .stored_blocks = static_cast<int>(stored_blocks(p.scales)),
+                    .map = ScaleMap(p.scales),
+                    .rule = scale_rule(p.format),
+                    .global_scale = p.global_scale,
+                    .global_scale_per_expert = p.global_scale_per_expert,
+                    .experts = p.experts,
+                    .rows = p.out_rows,
+                    .num_tasks = by_token ? p.rows : p.out_rows,
+                    .row_token = by_token ? nullptr : p.row_token,
+                    .slot_row = by_token ? p.slot_row : nullptr,
+                    .top_k = static_cast<int>(p.top_k)};
+  if (p.activation) {
+    args.order = p.activation->order;
+    args.kind = p.activation->kind;
+    args.activation = activation_params(*p.activation);
+  }
+  return args;
+}
+
 void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("quantize", ctx);
   const TuningSizes sizes{.rows = p.out_rows,
@@ -237,7 +233,7 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
                    .policy = policy,
                    .device = device,
                    .stream = stream(ctx),
-                   .args = make_args(p),
+                   .args = make_quantize_args(p),
                    .whole_units = whole_units(p)};
   const DeviceGuard guard(device);
   if (l.encoding == Encoding::kTensor && !p.format.static_scale) {
@@ -327,13 +323,13 @@ void global_scale(const GlobalScaleProblem& p, const ExecContext& ctx) {
   AmaxLaunch l{.dtype = p.dtype,
                .device = device,
                .stream = stream(ctx),
-               .args = make_args({.x = p.x,
-                                  .dtype = p.dtype,
-                                  .x_stride = p.x_stride,
-                                  .rows = p.rows,
-                                  .cols = p.cols,
-                                  .out_rows = p.rows,
-                                  .experts = p.experts}),
+               .args = make_quantize_args({.x = p.x,
+                                           .dtype = p.dtype,
+                                           .x_stride = p.x_stride,
+                                           .rows = p.rows,
+                                           .cols = p.cols,
+                                           .out_rows = p.rows,
+                                           .experts = p.experts}),
                .amax = reinterpret_cast<std::uint32_t*>(p.out),
                .per_expert = p.per_expert};
   set_tiles(l.args, p.cols);

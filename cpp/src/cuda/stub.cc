@@ -9,6 +9,7 @@
 #include "ops/info.h"
 #include "ops/permute.h"
 #include "ops/plan.h"
+#include "ops/plan_quantize.h"
 #include "ops/quantize.h"
 #include "ops/route.h"
 #include "ops/route_plan.h"
@@ -35,6 +36,9 @@ void plan(const PlanProblem&, const ExecContext&) {
 void route_plan(const RoutePlanProblem&, const ExecContext&) {
   refuse("route_plan");
 }
+std::string plan_quantize(const PlanQuantizeProblem&, const ExecContext&) {
+  refuse("plan_quantize");
+}
 void permute(const PermuteProblem&, const ExecContext&) {
   refuse("permute");
 }
@@ -42,6 +46,9 @@ void activate(const ActivateProblem&, const ExecContext&) {
   refuse("activate");
 }
 void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
+  refuse("grouped_gemm");
+}
+std::string quantized_out_refusal(const GroupedGemmProblem&, const ExecContext&) {
   refuse("grouped_gemm");
 }
 void finalize(const FinalizeProblem&, const ExecContext&) {

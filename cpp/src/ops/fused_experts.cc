@@ -1,5 +1,5 @@
 // fused_experts: validates the whole layer first, then hands it to the engine that runs a few routes in one
-// piece, or carves the workspace and calls the public ops in turn.
+// piece, or carves the workspace and runs the ops in turn.
 
 #include "moecore/fused_experts.h"
 
@@ -17,6 +17,7 @@
 #include "ops/finalize.h"
 #include "ops/fused_experts.h"
 #include "ops/grouped_gemm.h"
+#include "ops/plan_quantize.h"
 #include "ops/quantize.h"
 
 namespace moecore {
@@ -42,8 +43,8 @@ QuantFormat layer_format(QuantFormat f) {
 // The tensors of one call inside the workspace. Built over a null base to learn the size.
 struct Layout {
   Plan plan;
-  TensorView row_weights, inter_rows, out_rows;
-  QuantizedRows x, inter;  // with an x_format
+  TensorView row_weights, inter_rows, out_rows;  // inter_rows: unused where a product leaves codes
+  QuantizedRows x, inter;                        // with an x_format
   // Workspaces of the ops, which run one after the other. A product's reaches over its neighbour, rows that
   // are not needed yet (out_rows during the first) or no longer (inter_rows, once quantised).
   std::span<std::byte> scratch, scratch1, scratch2;
@@ -187,6 +188,40 @@ std::optional<QuantFormat> check_formats(const Check& check, const TensorView& w
   return s13 ? std::optional(s13->format) : std::nullopt;
 }
 
+// Plans and quantises the tokens in one launch where an engine can, and says whether it did.
+bool plan_beside_quantize(const TensorView& ids, const Plan& out, const PlanOptions& options,
+                          const TensorView& x, const TensorView& codes, const OperandScales& scales,
+                          const ExecContext& ctx) {
+  if (ctx.device.type != DeviceType::kCUDA) return false;
+  const PlanQuantizeProblem problem{
+      .plan = make_plan_problem(Check("plan", ctx), ids, out, options, ctx),
+      .tokens = make_quantize_problem(Check("quantize", ctx), x, codes, scales.scales, scales.format,
+                                      {.global_scale = scales.global_scale})};
+  const std::string why = cuda::plan_quantize(problem, ctx);
+  if (!why.empty() && ctx.explain)
+    ctx.explain->append("fused_experts: plan, then quantize; not one launch: " + why + "\n");
+  return why.empty();
+}
+
+// Has the product leave its rows as the next one's codes where an engine can, which keeps a pass over them,
+// and says whether it does.
+bool leave_codes(GroupedGemmProblem& product, const TensorView& codes, const OperandScales& scales,
+                 const ExecContext& ctx) {
+  if (ctx.device.type != DeviceType::kCUDA) return false;
+  product.quantized_out = {.format = scales.format,
+                           .codes = static_cast<std::uint8_t*>(codes.data),
+                           .pitch = codes.strides[0],
+                           .scales = static_cast<float*>(scales.scales.data),
+                           .scale_pitch = scales.scales.strides[0]};
+  const std::string why = cuda::quantized_out_refusal(product, ctx);
+  if (why.empty()) return true;
+  product.quantized_out.reset();
+  if (ctx.explain)
+    ctx.explain->append(
+        "fused_experts: a pass quantises the rows between the products; not the first one: " + why + "\n");
+  return false;
+}
+
 }  // namespace
 
 std::size_t fused_experts_workspace_bytes(std::int64_t num_tokens, std::int64_t top_k,
@@ -263,41 +298,55 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   ExecContext inner = ctx;
   inner.workspace = layout.scratch;
 
-  plan(ids, layout.plan,
-       {.num_experts = num_experts, .expert_map = options.expert_map, .first_expert = options.first_expert},
-       inner);
-
   GroupedGemmOptions gemm1{.bias = experts.w13_bias,
                            .row_token = layout.plan.row_token,
                            .activation = experts.activation,
-                           .weight_scales = experts.w13_scales};
+                           .weight_scales = experts.w13_scales},
+      gemm2{.bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
+  TensorView operand1 = x, operand2 = layout.inter_rows;
+  if (options.x_format) {
+    // `scale` is a static fp8 scale or nvfp4's g.
+    auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
+      const QuantFormat f = layer_format(*options.x_format);
+      OperandScales scales{f, f.static_scale ? *scale : rows.scales};
+      if (f.kind == QuantKind::kNvfp4) scales.global_scale = scale;
+      return scales;
+    };
+    gemm1.x_scales = scales_of(layout.x, options.x_scale);
+    gemm2.x_scales = scales_of(layout.inter, options.inter_scale);
+    operand1 = layout.x.codes;
+    operand2 = layout.inter.codes;
+  }
+
+  const PlanOptions plan_options{
+      .num_experts = num_experts, .expert_map = options.expert_map, .first_expert = options.first_expert};
+  if (!options.x_format) {
+    plan(ids, layout.plan, plan_options, inner);
+  } else if (!plan_beside_quantize(ids, layout.plan, plan_options, x, operand1, *gemm1.x_scales, inner)) {
+    plan(ids, layout.plan, plan_options, inner);
+    quantize(x, operand1, gemm1.x_scales->scales, gemm1.x_scales->format,
+             {.global_scale = gemm1.x_scales->global_scale}, inner);
+    gemm1.offsets_settled = true;  // before quantize began
+  }
   if (options.apply_router_weight_on_input) {
     const std::int64_t routes = num_tokens * top_k;
     TensorView route_weights = TensorView::dense(weights.data, weights.dtype, {routes, 1}, ctx.device);
     shuffle_rows(route_weights, *layout.plan.row_route, layout.row_weights, inner);
     gemm1.row_weights = TensorView::dense(layout.row_weights.data, weights.dtype, {routes}, ctx.device);
   }
-  GroupedGemmOptions gemm2{
-      .bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
-  // `rows` as the operand of a product that takes it quantised; `scale` is a static fp8 scale or nvfp4's g.
-  auto quantized = [&](const TensorView& rows, const QuantizedRows& to,
-                       const std::optional<TensorView>& scale, const ExpertRows& which,
-                       GroupedGemmOptions& gemm) {
-    const QuantFormat f = layer_format(*options.x_format);
-    gemm.x_scales = OperandScales{f, f.static_scale ? *scale : to.scales};
-    if (f.kind == QuantKind::kNvfp4) gemm.x_scales->global_scale = scale;
-    quantize(rows, to.codes, gemm.x_scales->scales, f,
-             {.rows = which, .global_scale = gemm.x_scales->global_scale}, inner);
-    return to.codes;
-  };
-  const TensorView operand1 = options.x_format ? quantized(x, layout.x, options.x_scale, {}, gemm1) : x;
+
   inner.workspace = layout.scratch1;
-  grouped_gemm(operand1, experts.w13, layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  GroupedGemmProblem up =
+      make_grouped_gemm_problem(Check("grouped_gemm", inner), operand1, experts.w13,
+                                layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, inner);
+  run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, inner);
   inner.workspace = layout.scratch;
-  const TensorView operand2 = options.x_format
-                                  ? quantized(layout.inter_rows, layout.inter, options.inter_scale,
-                                              {.expert_offsets = layout.plan.expert_offsets}, gemm2)
-                                  : layout.inter_rows;
+  if (options.x_format && !leaves_codes)
+    quantize(layout.inter_rows, operand2, gemm2.x_scales->scales, gemm2.x_scales->format,
+             {.rows = {.expert_offsets = layout.plan.expert_offsets},
+              .global_scale = gemm2.x_scales->global_scale},
+             inner);
   inner.workspace = layout.scratch2;
   grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, inner);
   inner.workspace = layout.scratch;

@@ -121,9 +121,10 @@ std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std:
              : cpu::grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, forms);
 }
 
-void grouped_gemm(const TensorView& x_arg, const TensorView& weights_arg, const TensorView& expert_offsets,
-                  const TensorView& out, const GroupedGemmOptions& options, const ExecContext& ctx) {
-  const Check check("grouped_gemm", ctx);
+GroupedGemmProblem make_grouped_gemm_problem(const Check& check, const TensorView& x_arg,
+                                             const TensorView& weights_arg, const TensorView& expert_offsets,
+                                             const TensorView& out, const GroupedGemmOptions& options,
+                                             const ExecContext& ctx) {
   const FormPair forms{form_of(options.x_scales), form_of(options.weight_scales)};
   check_forms(check, "x_scales.format x weight_scales.format", forms);
   const TensorView x = check_operand(check, "x", x_arg, 2, options.x_scales);
@@ -192,6 +193,13 @@ void grouped_gemm(const TensorView& x_arg, const TensorView& weights_arg, const 
   const bool on_cuda = ctx.device.type == DeviceType::kCUDA;
   check.workspace((on_cuda ? cuda::grouped_gemm_workspace_bytes : cpu::grouped_gemm_workspace_bytes)(
       num_rows, n, k, num_experts, out.dtype, forms));
+  return problem;
+}
+
+void grouped_gemm(const TensorView& x, const TensorView& weights, const TensorView& expert_offsets,
+                  const TensorView& out, const GroupedGemmOptions& options, const ExecContext& ctx) {
+  const GroupedGemmProblem problem =
+      make_grouped_gemm_problem(Check("grouped_gemm", ctx), x, weights, expert_offsets, out, options, ctx);
   run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, problem, ctx);
 }
 

@@ -108,6 +108,15 @@ struct OperandScalesRef {
   bool global_scale_per_expert = false;  // weights only
 };
 
+/// Where a product leaves its rows as codes: what quantize() makes of them, without their way through memory.
+struct QuantizedOutRef {
+  QuantFormat format{};
+  std::uint8_t* codes = nullptr;  // [R, columns of out], rows `pitch` bytes apart
+  std::int64_t pitch = 0;
+  float* scales = nullptr;  // [R, blocks of a row], rows `scale_pitch` scales apart
+  std::int64_t scale_pitch = 0;
+};
+
 struct GroupedGemmProblem {
   DType dtype = DType::kF32;  // of out, and of every operand whose form is kFloat
   OperandScalesRef x_scales{};
@@ -134,6 +143,7 @@ struct GroupedGemmProblem {
   bool offsets_settled = false;
   void* out = nullptr;  // [R, n] or [R, n/2]
   std::int64_t out_stride = 0;
+  std::optional<QuantizedOutRef> quantized_out{};  // instead of out, see quantized_out_refusal()
 };
 
 // The parts of grouped_gemm's validation that fused_experts has in common with it.
@@ -150,6 +160,12 @@ TensorView check_operand(const Check& check, std::string_view arg, const TensorV
 OperandScalesRef check_operand_scales(const Check& check, const std::string& arg, const OperandScales& s,
                                       const TensorView& codes);
 
+/// Checks the arguments of grouped_gemm, its workspace included.
+GroupedGemmProblem make_grouped_gemm_problem(const Check& check, const TensorView& x,
+                                             const TensorView& weights, const TensorView& expert_offsets,
+                                             const TensorView& out, const GroupedGemmOptions& options,
+                                             const ExecContext& ctx);
+
 namespace cpu {
 BackendFn<GroupedGemmProblem> grouped_gemm;
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
@@ -157,6 +173,9 @@ std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std:
 }  // namespace cpu
 namespace cuda {
 BackendFn<GroupedGemmProblem> grouped_gemm;
+/// Why a problem with a quantized_out must be run without it, its out being quantised afterwards; empty where
+/// the engine that takes the problem leaves the codes itself.
+std::string quantized_out_refusal(const GroupedGemmProblem& problem, const ExecContext& ctx);
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, FormPair forms);
 }  // namespace cuda

@@ -215,13 +215,20 @@ std::int64_t scale_offset(ScaleLayout layout, std::int64_t row, std::int64_t col
       col);
 }
 
-void quantize(const TensorView& x, const TensorView& data, const TensorView& scales,
-              const QuantFormat& format, const QuantizeOptions& options, const ExecContext& ctx) {
-  const Check check("quantize", ctx);
+QuantizeProblem make_quantize_problem(const Check& check, const TensorView& x, const TensorView& data,
+                                      const TensorView& scales, const QuantFormat& format,
+                                      const QuantizeOptions& options) {
   check.tensor("x", x, QuantizeTypes::kRows, 2);
   const QuantizeProblem problem =
       make_problem(check, x, x.shape[1], data, scales, format, options.rows, options.global_scale);
   check.dim("data", data, 0, x.shape[0], "num_rows");
+  return problem;
+}
+
+void quantize(const TensorView& x, const TensorView& data, const TensorView& scales,
+              const QuantFormat& format, const QuantizeOptions& options, const ExecContext& ctx) {
+  const QuantizeProblem problem =
+      make_quantize_problem(Check("quantize", ctx), x, data, scales, format, options);
   run_on_backend(cpu::quantize, cuda::quantize, problem, ctx);
 }
 

@@ -147,6 +147,13 @@ struct ConvertScalesProblem {
   std::int64_t rows = 0;
 };
 
+class Check;
+
+/// Checks the arguments of quantize.
+QuantizeProblem make_quantize_problem(const Check& check, const TensorView& x, const TensorView& data,
+                                      const TensorView& scales, const QuantFormat& format,
+                                      const QuantizeOptions& options);
+
 namespace cpu {
 BackendFn<QuantizeProblem> quantize;
 BackendFn<DequantizeProblem> dequantize;

@@ -40,6 +40,8 @@ const std::vector<NamedFormat>& formats() {
     QuantFormat pow2 = QuantFormat::fp8_block128(), capped = QuantFormat::fp8_token();
     pow2.power_of_two = true;
     capped.amax_cap = 1.5f;
+    QuantFormat capped_pow2 = pow2;
+    capped_pow2.amax_cap = 1.5f;
     return std::vector<NamedFormat>{
         {"fp8 tensor", QuantFormat::fp8_tensor()},
         {"fp8 tensor static", QuantFormat::fp8_tensor_static()},
@@ -47,6 +49,7 @@ const std::vector<NamedFormat>& formats() {
         {"fp8 token capped", capped},
         {"fp8 block128", QuantFormat::fp8_block128()},
         {"fp8 block128 power of two", pow2},
+        {"fp8 block128 power of two capped", capped_pow2},
         {"fp8 block128 column major", QuantFormat::fp8_block128(kColumnMajor)},
         {"fp8 block128 e8m0", QuantFormat::fp8_block128_e8m0()},
         {"fp8 block128 e8m0 column major", QuantFormat::fp8_block128_e8m0(kColumnMajor)},

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/scale_rule.h"
 #include "moecore/activate.h"
 #include "moecore/dtype.h"
 
@@ -59,6 +60,15 @@ struct ScaleArgs {
   bool global_scale_per_expert = false;
 };
 
+/// QuantizedOutRef on the device; no codes: out is stored.
+struct QuantizedOutArgs {
+  std::uint8_t* codes = nullptr;
+  std::int64_t pitch = 0;
+  float* scales = nullptr;
+  std::int64_t scale_pitch = 0;
+  ScaleRule rule{};
+};
+
 struct GroupedGemmArgs {
   const void* x = nullptr;  // [rows of x, K]
   std::int64_t x_stride = 0;
@@ -74,6 +84,7 @@ struct GroupedGemmArgs {
   ScaleArgs x_scales, weight_scales;
   TileShape tiles;
   EpilogueArgs epilogue;
+  QuantizedOutArgs quantized_out;
 };
 
 }  // namespace moecore::cuda

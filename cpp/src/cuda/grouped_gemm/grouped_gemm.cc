@@ -63,6 +63,12 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
   e.bias_stride = p.bias_stride;
   e.row_weights = p.row_weights;
   e.row_weight_dtype = p.row_weight_dtype;
+  if (p.quantized_out)
+    args.quantized_out = {.codes = p.quantized_out->codes,
+                          .pitch = p.quantized_out->pitch,
+                          .scales = p.quantized_out->scales,
+                          .scale_pitch = p.quantized_out->scale_pitch,
+                          .rule = scale_rule(p.quantized_out->format)};
   if (!p.activation) return args;
 
   const Activation& activation = *p.activation;
@@ -108,6 +114,17 @@ void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
     return;
   }
   throw Unsupported("grouped_gemm: no CUDA engine takes this problem" + passed_over);
+}
+
+std::string quantized_out_refusal(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  const DeviceInfo& device = open_device("grouped_gemm", ctx);
+  std::string refusals;
+  for (const GroupedGemmEngine* engine : kEngines) {
+    const std::string refusal = engine->refusal(p, device, ctx);
+    if (refusal.empty()) return "";
+    refusals.append(refusals.empty() ? "" : "; ").append(engine->name).append(": ").append(refusal);
+  }
+  return refusals;
 }
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,

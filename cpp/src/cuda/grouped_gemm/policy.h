@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <string_view>
 
 #include "cuda/grouped_gemm/prepare_x.h"
 #include "cuda/grouped_gemm/sm90.h"
@@ -18,6 +19,7 @@ struct Policy {
   int max_tokens = 0;     // widest tile taken, at most the configuration's
   int stream_k = 0;       // 1: equal runs of steps for every block instead of whole tiles
   int evict_weights = 0;  // 1: hardly an expert has two token tiles, so its weights need not stay in L2
+  int quantize_out = 1;   // 1: tiles that can leave their rows as codes do, 0: none does
   double experts = 0;     // expected to have rows
   double rows_per_expert = 0;
 
@@ -81,6 +83,20 @@ inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_
   policy.stream_k = config.stream_k && bytes > limit.stream_bytes &&
                     (waves < limit.stream_waves || policy.rows_per_expert <= limit.stream_rows);
   return policy;
+}
+
+/// Why tiles do not leave the `columns` columns of out as codes of `format`; empty where they do.
+inline std::string_view quantized_out_refusal(const Policy& policy, FormPair forms, bool gated,
+                                              std::int64_t columns, const QuantFormat& format) {
+  if (operand_form(format) != OperandForm::kFp8Block128 || forms.x != OperandForm::kFp8Block128 ||
+      format.layout != ScaleLayout::kLinear || format.e8m0_scales)
+    return "it quantises products of fp8_block128 to fp8_block128 with f32 scales in rows";
+  if (!policy.quantize_out) return "the policy says quantize_out=0";
+  if (!gated) return "only gated activations end in codes";
+  if (columns % 128 != 0) return "the output's width is not a multiple of 128";
+  if (!holds_scale_blocks(policy.family, policy.tiles()))
+    return "its tiles do not hold the 128 columns of a scale";
+  return "";
 }
 
 /// Of a policy: prepared x or the copy of its rows, then the parts of stream-K.

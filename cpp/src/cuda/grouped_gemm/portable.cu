@@ -171,7 +171,8 @@ int tile_tokens(const GroupedGemmProblem& p, const ExecContext& ctx) {
 }
 
 std::string refusal(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext&) {
-  return p.num_experts > kMaxExperts ? "more than 2048 experts" : "";
+  if (p.num_experts > kMaxExperts) return "more than 2048 experts";
+  return p.quantized_out ? "it stores floats" : "";
 }
 
 std::string describe(const GroupedGemmProblem& p, const DeviceInfo&, const ExecContext& ctx) {

@@ -34,8 +34,10 @@
 //   kTokenLines              lines of 128 bytes in a step of one token
 //   Widths<tiling>           of token tiles that are compiled
 //   Extra                    what else a stage of the ring holds
-//   kSharedSources           whether the places of a wide tile's rows stand in shared memory (fp8 is 2 to 4 %
+//   kSharedSources           whether the places of a wide tile's rows stand in shared memory (fp4 is
 //                            faster for it, bf16 5 to 9 % slower)
+//   kQuantizesOut            whether gated tiles that hold whole blocks of scales can leave their rows as
+//                            codes (sm90_quantized_store.cuh)
 //   Gather                   the gathering threads' part of it: Gather(engine, work, thread).copy(stage, k)
 //   multiply<N>(...)         the ring's steps of one work item, into d
 //   compute(...)             instead, with its own epilogue, where a tile's tokens are the operand of rows
@@ -50,6 +52,7 @@
 #include "cuda/grouped_gemm/epilogue.cuh"
 #include "cuda/grouped_gemm/sm90.h"
 #include "cuda/grouped_gemm/sm90_ptx.cuh"
+#include "cuda/grouped_gemm/sm90_quantized_store.cuh"
 #include "cuda/grouped_gemm/tiles.cuh"
 #include "cuda/types.cuh"
 
@@ -80,6 +83,8 @@ struct Smem {
   // of them at a time, else with the threads that copy them.
   static constexpr bool kSharedSources = Loop::kSharedSources && kConfig.max_tokens > 32;
   alignas(16) std::uint32_t sources[kGatherRows][kSharedSources ? (kConfig.max_tokens + 47) / 48 * 4 : 4];
+  static constexpr bool kQuantizesOut = Loop::kQuantizesOut && holds_scale_blocks(Loop::kFamily, kConfig);
+  alignas(16) typename Loop::Out maxima[kQuantizesOut ? kQuantizedTokens : 0][kQuantizingWarps];
   Work work[kConfig.stages];  // that the step in the stage belongs to
   std::uint64_t full[kConfig.stages], empty[kConfig.stages];
   int group_tiles[kMaxExpertGroups];
@@ -446,20 +451,24 @@ struct SwapAb {
   __device__ __forceinline__ void store_products(const Tile& tile, const float (&d)[kBlocks][kTokens / 2]) {
     const EpilogueArgs& e = args.epilogue;
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    warpgroup_sync(warpgroup);  // the buffers of the tile before have been read
     if constexpr (Form::kGated) {
       const int column = tile.weight_tile * kTileColumns + warpgroup * kStoredColumns;
       BiasPair bias[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m)
         bias[m] = bias_pair<T, Form>(e, tile.expert, column + warp * (8 * kBlocks) + m * 8 + lane / 4);
-      store_columns<kTokens, 0>(tile, column, [&](int g, int m) {
+      auto pack = [&](int g, int m) {
         const float a0 = d[m][g * 4] + bias[m].first, a1 = d[m][g * 4 + 1] + bias[m].first;
         const float b0 = d[m][g * 4 + 2] + bias[m].second, b1 = d[m][g * 4 + 3] + bias[m].second;
         return pack_pair<T>(Form::apply(e, e.swapped ? b0 : a0, e.swapped ? a0 : b0),
                             Form::apply(e, e.swapped ? b1 : a1, e.swapped ? a1 : b1));
-      });
+      };
+      if constexpr (Shared::kQuantizesOut)
+        if (args.quantized_out.codes) return store_quantized<kTokens>(*this, tile, pack);
+      warpgroup_sync(warpgroup);  // the buffers of the tile before have been read
+      store_columns<kTokens, 0>(tile, column, pack);
     } else {
+      warpgroup_sync(warpgroup);
       auto store_block = [&]<int kBlock>() {
         const int column = tile.weight_tile * kTileRows + kBlock * kBlockRows + warpgroup * 64;
         const BiasPair bias = bias_pair<T, Form>(e, tile.expert, column + warp * 16 + lane / 4);
@@ -567,6 +576,7 @@ __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(),
 
 template <class Loop, Tiling kTiling, bool kGated>
 Kernel kernel() {
+  static_assert(sizeof(Smem<Loop, kTiling>) <= 227 * 1024);  // what a block may have on sm_90
   using Form = std::conditional_t<kGated, SigmoidGate, Linear>;
   return {reinterpret_cast<const void*>(swap_ab_kernel<Loop, Form, kTiling>), sizeof(Smem<Loop, kTiling>)};
 }

@@ -31,6 +31,8 @@ struct TileConfig {
   int blocks = 2;      // of 64 weight rows in each of them
   const char* instruction = "wgmma";
 
+  /// Columns of out that a gated tile has.
+  constexpr int gated_columns() const { return rows() / 2; }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   constexpr bool whole_boxes() const {  // of eight rows, the swizzle's period
     return box_tokens == 0 || (box_tokens % 8 == 0 && max_tokens % box_tokens == 0);
@@ -73,6 +75,12 @@ inline constexpr TileConfig kTileConfigs[][2] = {
 };
 constexpr const TileConfig& tile_config(Family family, Tiling tiling) {
   return kTileConfigs[static_cast<int>(family)][static_cast<int>(tiling)];
+}
+
+/// Whether the gated tiles of a configuration can leave codes of fp8_block128 instead of floats: a tile has
+/// all the columns that share a scale, and its eight computing warps meet over them.
+constexpr bool holds_scale_blocks(Family family, const TileConfig& config) {
+  return family == Family::kFp8 && config.gated_columns() == 128 && config.warpgroups == 2;
 }
 
 /// Partial sums of tiles that blocks share. Whatever the workspace held before, a slot is full when its flag

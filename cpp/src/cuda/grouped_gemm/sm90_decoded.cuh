@@ -108,7 +108,7 @@ template <OperandForm kWeights>
 struct DecodedLoop {
   static constexpr bool kMx = kWeights == OperandForm::kMxfp4;
   static constexpr Family kFamily = Family::kDecoded;
-  static constexpr bool kSharedSources = true;
+  static constexpr bool kSharedSources = true, kQuantizesOut = false;
   using Element = __nv_bfloat16;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = kDecodedStepK, kStepElements = kStepK / 2, kWeightLineBytes = kStepK / 2,

@@ -68,6 +68,7 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"prefill", &chosen.prefill, {0, 1}},
          {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
          {"stream_k", &chosen.stream_k, {0, 1}},
+         {"quantize_out", &chosen.quantize_out, {0, 1}},
          {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
@@ -98,7 +99,8 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device, const
   if (device.compute_capability != 90) return "it needs compute capability 9.0";
   const std::string refused = family_refusal(p, sm90::family_of(forms_of(p)));
   if (!refused.empty()) return refused;
-  if (policy_for(p, device, ctx).portable) return "the policy says portable=1";
+  const sm90::Policy policy = policy_for(p, device, ctx);
+  if (policy.portable) return "the policy says portable=1";
   if (p.activation && !(gated(p) && is_sigmoid_family(*p.activation)))
     return "its activations are silu, quick_gelu, gelu_tanh and swiglu_oai, gated";
   if (p.num_experts > kMaxExperts) return "more than 2048 experts";
@@ -116,6 +118,12 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device, const
       p.weight_row_stride < p.k || (p.num_experts > 1 && p.weight_expert_stride <= 0))
     return "the strides of weights do not suit the copy engine";
   if (p.x_rows * (p.x_stride / x_piece) > 0xFFFF0000ll) return "x is larger than 64 GiB";
+  if (p.quantized_out) {
+    if (!aligned(p.quantized_out->codes) || p.quantized_out->pitch % 16 != 0)
+      return "the codes of out are not 16-byte aligned";
+    return std::string(
+        sm90::quantized_out_refusal(policy, forms_of(p), gated(p), columns, p.quantized_out->format));
+  }
   return "";
 }
 
@@ -125,11 +133,12 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
   char text[256];
   std::snprintf(
       text, sizeof(text),
-      "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s (about %.1f rows for each of %.0f "
+      "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s%s (about %.1f rows for each of %.0f "
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
       policy.stream_k ? "stream-K" : "whole tiles",
-      copies_rows(p, config) ? ", rows of x put in order first" : "", policy.rows_per_expert, policy.experts);
+      copies_rows(p, config) ? ", rows of x put in order first" : "",
+      p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
 }
 

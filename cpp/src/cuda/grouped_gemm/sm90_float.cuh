@@ -9,7 +9,7 @@ namespace moecore::cuda::sm90 {
 template <class T>
 struct FloatLoop {
   static constexpr Family kFamily = Family::kFloat;
-  static constexpr bool kSharedSources = false;
+  static constexpr bool kSharedSources = false, kQuantizesOut = false;
   using Element = T;
   using Out = T;
   static constexpr int kStepK = 64, kStepElements = 64, kWeightLineBytes = kLineBytes, kTokenLines = 1;

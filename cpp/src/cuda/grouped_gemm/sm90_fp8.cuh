@@ -17,7 +17,7 @@ namespace moecore::cuda::sm90 {
 template <bool kBlockScales>
 struct Fp8Loop {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr bool kSharedSources = true;
+  static constexpr bool kSharedSources = false, kQuantizesOut = kBlockScales;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = 128, kStepElements = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;

@@ -19,7 +19,7 @@ namespace moecore::cuda::sm90 {
 template <bool kBlockScales>
 struct Fp8PrefillLoop {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr bool kSharedSources = false;
+  static constexpr bool kSharedSources = false, kQuantizesOut = false;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepElements = 128, kStepK = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;

@@ -90,6 +90,11 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0,128;" ::"r"(warpgroup + 1) : "memory");
 }
+/// All warpgroups that compute.
+template <int kWarpgroups>
+__device__ __forceinline__ void computing_sync() {
+  asm volatile("bar.sync %0,%1;" ::"n"(kWarpgroups + 1), "n"(128 * kWarpgroups) : "memory");
+}
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
