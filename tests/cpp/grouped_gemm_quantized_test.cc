@@ -98,11 +98,32 @@ TEST_P(GroupedGemmQuantized, EveryTiling) {
   if (dtype() != DType::kBF16) GTEST_SKIP() << "tilings are those of bf16 results";
   if (!on_hopper()) GTEST_SKIP() << "tilings are those of Hopper's kernels";
   for (std::int64_t tallest : {13, 90, 230})
-    for (const char* policy : {"prefill=0", "prefill=1", "prefill=0 stream_k=1", "prefill=0 max_tokens=8"}) {
-      GemmCase c{
-          .counts = {tallest, 0, 1, tallest / 2, 7}, .n = 512, .k = 640, .gather = true, .policy = policy};
-      for (const FormatPair& p : format_pairs())
-        if (p.x && p.weights) expect_gemm(p, c, Values::kIntegers);
+    for (const char* policy : {"prefill=0", "prefill=1", "prefill=0 stream_k=1", "prefill=0 max_tokens=8"})
+      for (bool gather : {false, true}) {
+        GemmCase c{.counts = {tallest, 0, 1, tallest / 2, 7}, .n = 512, .k = 640, .gather = gather};
+        c.policy = policy;
+        for (const FormatPair& p : format_pairs())
+          if (p.x && p.weights) expect_gemm(p, c, Values::kIntegers);
+      }
+}
+
+// The epilogues of tiles that end inside the last rows of weights, and of tokens.
+TEST_P(GroupedGemmQuantized, EveryTilingsEpilogue) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";
+  if (dtype() != DType::kBF16) GTEST_SKIP() << "tilings are those of bf16 results";
+  if (!on_hopper()) GTEST_SKIP() << "tilings are those of Hopper's kernels";
+  for (const char* policy : {"prefill=0", "prefill=1"})
+    for (const FormatPair& p : format_pairs()) {
+      if (!p.x || !p.weights) continue;
+      GemmCase c{.counts = {70, 0, 1, 139, 64}, .n = 448, .k = 256, .spare_rows = 3, .bias = DType::kF32};
+      c.policy = policy;
+      c.row_weights = DType::kF32;
+      expect_gemm(p, c, Values::kIntegers);
+      for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved}) {
+        c.activation = Activation{.order = order};
+        c.n = 640;
+        expect_gemm(p, c, Values::kRandom);
+      }
     }
 }
 

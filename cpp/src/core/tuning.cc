@@ -24,8 +24,9 @@ constexpr SizeName kSizes[] = {
 };
 
 // Ops with a launch policy.
-constexpr std::string_view kOps[] = {"route",    "plan",         "route_plan", "permute",      "activate",
-                                     "quantize", "grouped_gemm", "finalize",   "fused_experts"};
+constexpr std::string_view kOps[] = {"route",    "plan",         "route_plan", "plan_quantize",
+                                     "permute",  "activate",     "quantize",   "grouped_gemm",
+                                     "finalize", "fused_experts"};
 
 template <class Range, class Name>
 std::string listed(const Range& range, Name&& name) {

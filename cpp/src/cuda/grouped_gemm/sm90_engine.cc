@@ -280,7 +280,9 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
     copy.out_pitch = copy.row_bytes = p.k;
     copy.out_rows = x_rows = p.num_rows;
     copy.map.data = p.row_token;
-    permute(copy, ctx);
+    ExecContext plain = ctx;
+    plain.policy = {};  // is about the product
+    permute(copy, plain);
     args.x = workspace;
     args.x_stride = p.k;
     args.offsets_settled = ordered = true;  // as above; row_token goes on to say where scales stand
