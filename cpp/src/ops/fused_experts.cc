@@ -44,10 +44,12 @@ QuantFormat layer_format(QuantFormat f) {
 struct Layout {
   Plan plan;
   TensorView row_weights, inter_rows, out_rows;  // inter_rows: unused where a product leaves codes
-  QuantizedRows x, inter;                        // with an x_format
+  // With an x_format. in_order: the rows of x in the order of the plan, where out_rows will be.
+  QuantizedRows x, in_order, inter;
   // Workspaces of the ops, which run one after the other. A product's reaches over its neighbour, rows that
-  // are not needed yet (out_rows during the first) or no longer (inter_rows, once quantised).
-  std::span<std::byte> scratch, scratch1, scratch2;
+  // are not needed yet (out_rows during the first, but for in_order) or no longer (inter_rows, once
+  // quantised).
+  std::span<std::byte> scratch, scratch1, scratch1_in_order, scratch2;
   std::size_t bytes = 0;
 
   Layout(std::byte* base, std::int64_t num_tokens, std::int64_t top_k, std::int64_t num_experts,
@@ -80,6 +82,9 @@ struct Layout {
       return grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype, device, x_format, weight_format);
     };
     const std::size_t out_begin = bytes;
+    if (x_format) in_order = take_quantized(rows, hidden);
+    const std::size_t in_order_end = bytes;
+    bytes = out_begin;
     out_rows = take(dtype, {rows, hidden});
     const std::size_t scratch_begin = bytes;
     auto beyond = [](std::size_t need, std::size_t neighbour) {
@@ -89,7 +94,7 @@ struct Layout {
     // 2 * width bounds the first GEMM's rows of weights for gated and plain activations alike.
     bytes += align_up(std::max({plan_workspace_bytes(num_tokens, top_k, num_experts, device),
                                 beyond(std::max(gemm_bytes(2 * width, hidden), gemm_bytes(width, hidden)),
-                                       scratch_begin - out_begin),
+                                       scratch_begin - in_order_end),
                                 beyond(gemm_bytes(hidden, width), x_format ? inter_bytes : 0)}));
     const std::size_t scratch_end = bytes;
     inter_rows = take(dtype, {rows, width});
@@ -98,6 +103,7 @@ struct Layout {
     };
     scratch = span(scratch_begin, scratch_end);
     scratch1 = span(out_begin, scratch_end);
+    scratch1_in_order = span(in_order_end, scratch_end);
     scratch2 = span(scratch_begin, x_format ? bytes : scratch_end);
   }
 };
@@ -304,14 +310,18 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
                            .weight_scales = experts.w13_scales},
       gemm2{.bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
   TensorView operand1 = x, operand2 = layout.inter_rows;
+  auto up_problem = [&](const ExecContext& c) {
+    return make_grouped_gemm_problem(Check("grouped_gemm", c), operand1, experts.w13,
+                                     layout.plan.expert_offsets, layout.inter_rows, gemm1, c);
+  };
+  // `scale` is a static fp8 scale or nvfp4's g.
+  auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
+    const QuantFormat f = layer_format(*options.x_format);
+    OperandScales scales{f, f.static_scale ? *scale : rows.scales};
+    if (f.kind == QuantKind::kNvfp4) scales.global_scale = scale;
+    return scales;
+  };
   if (options.x_format) {
-    // `scale` is a static fp8 scale or nvfp4's g.
-    auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
-      const QuantFormat f = layer_format(*options.x_format);
-      OperandScales scales{f, f.static_scale ? *scale : rows.scales};
-      if (f.kind == QuantKind::kNvfp4) scales.global_scale = scale;
-      return scales;
-    };
     gemm1.x_scales = scales_of(layout.x, options.x_scale);
     gemm2.x_scales = scales_of(layout.inter, options.inter_scale);
     operand1 = layout.x.codes;
@@ -324,8 +334,19 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     plan(ids, layout.plan, plan_options, inner);
   } else if (!plan_beside_quantize(ids, layout.plan, plan_options, x, operand1, *gemm1.x_scales, inner)) {
     plan(ids, layout.plan, plan_options, inner);
-    quantize(x, operand1, gemm1.x_scales->scales, gemm1.x_scales->format,
-             {.global_scale = gemm1.x_scales->global_scale}, inner);
+    ExecContext of_product = inner;
+    of_product.workspace = layout.scratch1;
+    if (ctx.device.type == DeviceType::kCUDA && !has_dynamic_tensor_scale(*options.x_format) &&
+        cuda::copies_rows(up_problem(of_product), of_product)) {
+      gemm1.row_token.reset();
+      gemm1.x_scales = scales_of(layout.in_order, options.x_scale);
+      operand1 = layout.in_order.codes;
+      permute_quantize(x, layout.plan, operand1, gemm1.x_scales->scales, gemm1.x_scales->format, {}, inner);
+      layout.scratch1 = layout.scratch1_in_order;
+    } else {
+      quantize(x, operand1, gemm1.x_scales->scales, gemm1.x_scales->format,
+               {.global_scale = gemm1.x_scales->global_scale}, inner);
+    }
     gemm1.offsets_settled = true;  // before quantize began
   }
   if (options.apply_router_weight_on_input) {
@@ -336,9 +357,7 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   }
 
   inner.workspace = layout.scratch1;
-  GroupedGemmProblem up =
-      make_grouped_gemm_problem(Check("grouped_gemm", inner), operand1, experts.w13,
-                                layout.plan.expert_offsets, layout.inter_rows, gemm1, inner);
+  GroupedGemmProblem up = up_problem(inner);
   const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, inner);
   run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, inner);
   inner.workspace = layout.scratch;

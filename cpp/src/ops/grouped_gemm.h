@@ -176,6 +176,9 @@ BackendFn<GroupedGemmProblem> grouped_gemm;
 /// Why a problem with a quantized_out must be run without it, its out being quantised afterwards; empty where
 /// the engine that takes the problem leaves the codes itself.
 std::string quantized_out_refusal(const GroupedGemmProblem& problem, const ExecContext& ctx);
+/// Whether the engine that takes the problem begins with a copy of the rows of x in the order of out, so that
+/// whoever writes them had better write them so.
+bool copies_rows(const GroupedGemmProblem& problem, const ExecContext& ctx);
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, FormPair forms);
 }  // namespace cuda

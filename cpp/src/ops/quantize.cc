@@ -257,7 +257,7 @@ void permute_quantize(const TensorView& x, const Plan& plan, const TensorView& d
   check.dim("slot_row", plan.slot_row, 0, x.shape[0], "num_tokens");
   check.that(plan.slot_row.is_dense(), "slot_row.strides[0]", plan.slot_row.strides[0], "a dense slot_row");
   check.dim("row_token", plan.row_token, 0, plan.slot_row.numel(), "num_tokens * top_k");
-  if (format.kind == QuantKind::kFp8 && format.granularity == Granularity::kTensor && !format.static_scale)
+  if (has_dynamic_tensor_scale(format))
     check.fail("format", "fp8 with a dynamic tensor scale",
                "a format whose scale is known before all rows are read");
   QuantizeProblem problem =

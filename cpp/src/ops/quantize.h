@@ -36,6 +36,11 @@ inline TensorView as_codes(TensorView t, DType dtype) {
   return t;
 }
 
+/// The scale is known once all rows have been read.
+inline bool has_dynamic_tensor_scale(const QuantFormat& f) {
+  return f.kind == QuantKind::kFp8 && f.granularity == Granularity::kTensor && !f.static_scale;
+}
+
 /// How a format with power-of-two scales rounds a block's amax to one.
 inline numeric::PowerOfTwoRule power_of_two_rule(const QuantFormat& f) {
   if (f.kind == QuantKind::kMxfp4) {

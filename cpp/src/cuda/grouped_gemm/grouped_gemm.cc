@@ -127,6 +127,14 @@ std::string quantized_out_refusal(const GroupedGemmProblem& p, const ExecContext
   return refusals;
 }
 
+bool copies_rows(const GroupedGemmProblem& p, const ExecContext& ctx) {
+  const DeviceInfo& device = open_device("grouped_gemm", ctx);
+  for (const GroupedGemmEngine* engine : kEngines)
+    if (engine->refusal(p, device, ctx).empty())
+      return engine->copies_rows && engine->copies_rows(p, device, ctx);
+  return false;
+}
+
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, FormPair forms) {
   if (dtype == DType::kF32 || rows == 0 || num_experts == 0) return 0;

@@ -87,8 +87,8 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
 }
 
 /// Tiles whose tokens must stand in order, and rows of x that do not.
-bool copies_rows(const GroupedGemmProblem& p, const sm90::TileConfig& config) {
-  return config.tokens_are_rows() && p.row_token;
+bool copies_rows(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  return p.row_token && policy_for(p, device, ctx).tiles().tokens_are_rows();
 }
 
 /// The rules of the copy engine and of 16-byte accesses.
@@ -137,7 +137,7 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
       policy.stream_k ? "stream-K" : "whole tiles",
-      copies_rows(p, config) ? ", rows of x put in order first" : "",
+      copies_rows(p, device, ctx) ? ", rows of x put in order first" : "",
       p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
 }
@@ -271,7 +271,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   }
   bool ordered = !p.row_token;  // row r of out is made from row r of x
   std::int64_t x_rows = p.x_rows;
-  if (copies_rows(p, config)) {
+  if (copies_rows(p, device, ctx)) {
     PermuteProblem copy;
     copy.x = static_cast<const std::byte*>(p.x);
     copy.x_pitch = p.x_stride;
@@ -317,6 +317,6 @@ void run(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&) {}
 
 }  // namespace
 
-const GroupedGemmEngine kSm90Engine{"the Hopper engine", refusal, describe, run};
+const GroupedGemmEngine kSm90Engine{"the Hopper engine", refusal, describe, run, copies_rows};
 
 }  // namespace moecore::cuda
