@@ -22,7 +22,6 @@ namespace moecore::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr std::int64_t kMaxGridY = 65535;
 
 struct ActivateArgs {
   const void* x;

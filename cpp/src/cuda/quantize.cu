@@ -257,7 +257,7 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
     l.args.lookup = policy.lookup;
     l.args.tasks_of_block = policy.tasks;
     const std::int64_t parts = row_parts(policy, columns_of_row(p)), warps = parts * policy.threads / 32;
-    if (parts > 65535) throw Unsupported("quantize: the CUDA engine takes rows of at most 2^25 columns");
+    if (parts > kMaxGridY) throw Unsupported("quantize: the CUDA engine takes rows of at most 2^25 columns");
     l.row_parts = static_cast<unsigned>(parts);
     l.args.padding_blocks =
         static_cast<unsigned>((padding_warps(p.scales, p.experts, p.out_rows) + warps - 1) / warps);
