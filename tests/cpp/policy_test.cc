@@ -264,6 +264,26 @@ TEST(PolicyActivate, StaysWithinTheHardware) {
             }
 }
 
+// The kernel that reads element by element takes one row at a time, and the policy says so.
+TEST(PolicyActivate, OneRowAtATimeWithoutVectors) {
+  ActivateProblem p;
+  p.x = p.out = address(16);
+  p.inter = p.out_stride = 4096;
+  p.x_stride = 2 * p.inter;
+  p.rows = 65536;
+  p.dtype = DType::kBF16;
+  auto choose = [&](std::string_view text) { return cuda::choose_activate_policy(p, 132, 2048, text); };
+  EXPECT_EQ(choose("").rows, 2);
+  EXPECT_EQ(choose("rows=1").rows, 1);
+  EXPECT_EQ(choose("vectors=0").rows, 1);
+  EXPECT_EQ(choose("vectors=0 rows=1").rows, 1);
+  EXPECT_THROW(choose("vectors=0 rows=2"), InvalidArgument);
+  p.x = address(4);
+  EXPECT_EQ(choose("").rows, 1);
+  EXPECT_THROW(choose("rows=2"), InvalidArgument);
+  EXPECT_EQ(choose("threads=96").threads, 96);
+}
+
 TEST(PolicyQuantize, BlocksCoverEveryRowAndItsScales) {
   const QuantFormat formats[] = {QuantFormat::fp8_tensor_static(),
                                  QuantFormat::fp8_token(),
