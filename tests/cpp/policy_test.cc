@@ -159,6 +159,18 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
       }
 }
 
+TEST(PolicyPlan, BlocksOrderTheirRoutesWhereWordsWouldScatter) {
+  auto order = [](std::int64_t num_routes, std::int64_t num_experts, int compute_capability) {
+    return cuda::select_plan_policy(num_routes, num_experts, compute_capability).order;
+  };
+  EXPECT_EQ(order(512, 128, 90), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 80), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 90), 1);
+  EXPECT_EQ(order(8192, 256, 90), 1);
+  EXPECT_EQ(order(2048, 128, 90), 0) << "two routes an expert in each block";
+  EXPECT_EQ(order(8192, 8, 90), 0) << "a warp's routes share few experts";
+}
+
 TEST(PolicyRoute, LanesHoldEveryExpert) {
   for (int sms : kSmCounts)
     for (std::int64_t num_tokens : kCounts)
