@@ -94,6 +94,11 @@ struct PackedRouter {
         return;
       }
     }
+    if (every_expert_exists()) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] = widen(own[i * kStep], args.dtype);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) x[i] = exists(i) ? widen(own[i * kStep], args.dtype) : 0.0f;
   }
@@ -106,8 +111,15 @@ struct PackedRouter {
     else
       load<unsigned short>(x);
     if constexpr (kKeys == RouteKeys::kLogit) {
+      bool live = every_expert_exists();
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(x[i]) && exists(i) ? x[i] : minus_infinity();
+      for (int i = 0; i < kPerLane; ++i) {
+        key[i] = x[i];
+        live = live & is_finite(x[i]);
+      }
+      if (live) return;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(x[i]) & exists(i) ? x[i] : minus_infinity();
     } else {
       make_scores(x);
     }
