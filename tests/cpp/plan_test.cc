@@ -2,6 +2,9 @@
 
 #include "moecore/plan.h"
 
+#include <string>
+
+#include "moecore/error.h"
 #include "support/cases.h"
 #include "support/compare.h"
 #include "support/fixture.h"
@@ -14,7 +17,8 @@ class PlanOp : public OnDevice {
  protected:
   // Runs the op, compares all seven outputs with the oracle and returns them.
   oracle::PlanResult expect_plan(const Array& ids, const oracle::PlanSpec& spec, DType id_type = DType::kI32,
-                                 const Place& id_place = {}, int num_threads = 0) {
+                                 const Place& id_place = {}, int num_threads = 0,
+                                 const std::string& policy = "") {
     const std::int64_t num_tokens = ids.shape[0], top_k = ids.shape[1], routes = num_tokens * top_k;
     const std::int64_t e = spec.num_experts;
     const Tensor id_tensor(device(), id_type, ids, id_place);
@@ -39,7 +43,8 @@ class PlanOp : public OnDevice {
       map.emplace(device(), DType::kI32, values);
       options.expert_map = map->read_only();
     }
-    const Call call(device(), plan_workspace_bytes(num_tokens, top_k, e, device()), num_threads);
+    Call call(device(), plan_workspace_bytes(num_tokens, top_k, e, device()), num_threads);
+    call.context().policy = policy;
     plan(id_tensor.read_only(), {offsets, scales, row_token, slot_row, row_route, sizes1, sizes2}, options,
          call);
 
@@ -159,6 +164,32 @@ TEST_P(PlanOp, ManyRoutesAnyThreads) {
   for (int threads : {1, 2, 5}) {
     SCOPED_TRACE(threads);
     expect_plan(c.ids(), {.num_experts = c.num_experts}, DType::kI32, {}, threads);
+  }
+}
+
+// Every launch gives the same plan; those that cannot hold the routes are refused.
+TEST_P(PlanOp, EveryFormGivesTheSame) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "forms are the CUDA engine's";
+  for (const RoutingCase& c : {RoutingCase{64, 8, 128},
+                               {256, 8, 128},
+                               {1024, 8, 256},
+                               {1000, 8, 40},
+                               {1024, 8, 8},
+                               {700, 4, 1100}}) {
+    int forms_run = 0;
+    for (const char* policy :
+         {"", "order=0", "order=1", "blocks=1 threads=1024 rounds=8",
+          "blocks=1 threads=1024 rounds=8 order=1", "blocks=8 threads=512 rounds=2 order=0",
+          "blocks=8 threads=512 rounds=2 order=1"}) {
+      SCOPED_TRACE(::testing::Message() << c << " " << policy);
+      try {
+        expect_plan(c.ids(5), {.num_experts = c.num_experts, .hidden = 7, .inter = 5}, DType::kI32, {}, 0,
+                    policy);
+        ++forms_run;
+      } catch (const InvalidArgument&) {  // as clusters are before Hopper
+      }
+    }
+    EXPECT_GE(forms_run, 5);
   }
 }
 

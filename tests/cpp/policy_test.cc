@@ -160,6 +160,18 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
       }
 }
 
+TEST(PolicyPlan, BlocksOrderTheirRoutesWhereWordsWouldScatter) {
+  auto order = [](std::int64_t num_routes, std::int64_t num_experts, int compute_capability) {
+    return cuda::select_plan_policy(num_routes, num_experts, compute_capability).order;
+  };
+  EXPECT_EQ(order(512, 128, 90), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 80), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 90), 1);
+  EXPECT_EQ(order(8192, 256, 90), 1);
+  EXPECT_EQ(order(2048, 128, 90), 0) << "two routes an expert in each block";
+  EXPECT_EQ(order(8192, 8, 90), 0) << "a warp's routes share few experts";
+}
+
 TEST(PolicyRoute, LanesHoldEveryExpert) {
   for (int sms : kSmCounts)
     for (std::int64_t num_tokens : kCounts)
@@ -263,6 +275,26 @@ TEST(PolicyActivate, StaysWithinTheHardware) {
                 ASSERT_EQ(inter * bit_width(dtype) / 8 % 16, 0) << "a tail that vectors do not reach";
               }
             }
+}
+
+// The kernel that reads element by element takes one row at a time, and the policy says so.
+TEST(PolicyActivate, OneRowAtATimeWithoutVectors) {
+  ActivateProblem p;
+  p.x = p.out = address(16);
+  p.inter = p.out_stride = 4096;
+  p.x_stride = 2 * p.inter;
+  p.rows = 65536;
+  p.dtype = DType::kBF16;
+  auto choose = [&](std::string_view text) { return cuda::choose_activate_policy(p, 132, 2048, text); };
+  EXPECT_EQ(choose("").rows, 2);
+  EXPECT_EQ(choose("rows=1").rows, 1);
+  EXPECT_EQ(choose("vectors=0").rows, 1);
+  EXPECT_EQ(choose("vectors=0 rows=1").rows, 1);
+  EXPECT_THROW(choose("vectors=0 rows=2"), InvalidArgument);
+  p.x = address(4);
+  EXPECT_EQ(choose("").rows, 1);
+  EXPECT_THROW(choose("rows=2"), InvalidArgument);
+  EXPECT_EQ(choose("threads=96").threads, 96);
 }
 
 TEST(PolicyQuantize, BlocksCoverEveryRowAndItsScales) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -54,13 +55,36 @@ class Quantize : public OnDeviceDType {
     Outputs out(device(), f, rows, padded, map, place);
     constexpr float kStatic = 0.0371f;
     if (f.static_scale) out.scales.set(Array({1, 1}, kStatic));
-    quantize(input.read_only(), out.data, out.scales, f, options, Call(device(), 0, num_threads));
+    Call call(device(), 0, num_threads);
+    call.context().policy = policy_;
+    quantize(input.read_only(), out.data, out.scales, f, options, call);
     const oracle::Quantized q = oracle::quantize(x.floats, cols, padded, f, global, kStatic, map.live);
     EXPECT_TRUE(same_bytes(out.data.get_bytes(), expected_data(q, f, map)));
     EXPECT_TRUE(same_bytes(out.scales.get_bytes(), expected_scales(q, f, map)));
     EXPECT_TRUE(out.data.surroundings_intact());
     EXPECT_TRUE(out.scales.surroundings_intact());
   }
+
+  /// Rows of some of the experts, a tenth of them behind the last.
+  void expect_per_expert(const NamedFormat& n, std::int64_t num_experts, std::int64_t rows) {
+    Random random(static_cast<std::uint64_t>(num_experts * 1000 + rows));
+    std::vector<std::int64_t> offsets{0}, scale_offsets{0};
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+      const std::int64_t left = rows - rows / 10 - offsets.back();
+      const std::int64_t count =
+          random.below(3) ? std::min(left, random.below(2 * rows / num_experts + 3)) : 0;
+      offsets.push_back(offsets.back() + count);
+      scale_offsets.push_back(scale_offsets.back() + round_up(count, 128));
+    }
+    const Tensor offsets_tensor(device(), DType::kI32, integers(offsets));
+    const Tensor scale_offsets_tensor(device(), DType::kI32, integers(scale_offsets));
+    const RowMap map = RowMap::experts(offsets, scale_offsets, rows);
+    const ExpertRows experts{.expert_offsets = offsets_tensor.read_only(),
+                             .scale_offsets = scale_offsets_tensor.read_only()};
+    expect_quantize(n, rows, 80, 96, {}, map, experts, num_experts);
+  }
+
+  std::string policy_;  // of the calls
 };
 
 TEST_P(Quantize, AnyWidth) {
@@ -102,24 +126,20 @@ TEST_P(Quantize, ThreadsDoNotMatter) {
 TEST_P(Quantize, PerExpert) {
   for (const NamedFormat& n : formats())
     for (std::int64_t num_experts : {1, 2, 3, 4, 5, 15, 16, 17, 31, 64, 256, 257})
-      for (std::int64_t rows : {0, 1, 40, 331}) {
-        if (num_experts > 20 && rows > 40 && num_experts % 2 == 0) continue;
-        Random random(static_cast<std::uint64_t>(num_experts * 1000 + rows));
-        std::vector<std::int64_t> offsets{0}, scale_offsets{0};
-        for (std::int64_t e = 0; e < num_experts; ++e) {
-          const std::int64_t left = rows - rows / 10 - offsets.back();
-          const std::int64_t count =
-              random.below(3) ? std::min(left, random.below(2 * rows / num_experts + 3)) : 0;
-          offsets.push_back(offsets.back() + count);
-          scale_offsets.push_back(scale_offsets.back() + round_up(count, 128));
-        }
-        const Tensor offsets_tensor(device(), DType::kI32, integers(offsets));
-        const Tensor scale_offsets_tensor(device(), DType::kI32, integers(scale_offsets));
-        const RowMap map = RowMap::experts(offsets, scale_offsets, rows);
-        const ExpertRows experts{.expert_offsets = offsets_tensor.read_only(),
-                                 .scale_offsets = scale_offsets_tensor.read_only()};
-        expect_quantize(n, rows, 80, 96, {}, map, experts, num_experts);
-      }
+      for (std::int64_t rows : {0, 1, 40, 331})
+        if (num_experts <= 20 || rows <= 40 || num_experts % 2 != 0) expect_per_expert(n, num_experts, rows);
+}
+
+// Blocks that go from row to row, across experts and past the last, however they look them up.
+TEST_P(Quantize, PerExpertInEveryOrder) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "policies are the CUDA engine's";
+  for (const char* policy :
+       {"tasks=2", "tasks=4 lookup=1", "tasks=8 threads=32", "tasks=8 threads=256 lookup=1"}) {
+    policy_ = policy;
+    SCOPED_TRACE(policy);
+    for (const NamedFormat& n : formats())
+      for (std::int64_t num_experts : {3, 40, 257, 600}) expect_per_expert(n, num_experts, 331);
+  }
 }
 
 TEST_P(Quantize, Groups) {

@@ -22,7 +22,6 @@ namespace moecore::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr std::int64_t kMaxGridY = 65535;
 
 struct ActivateArgs {
   const void* x;
@@ -113,12 +112,7 @@ void activate(const ActivateProblem& p, const ExecContext& ctx) {
   const TuningSizes sizes{
       .rows = p.rows, .width = p.inter, .sms = device.num_sms, .capability = device.compute_capability};
   const ActivatePolicy policy = tuned("activate", sizes, ctx, [&](std::string_view text) {
-    ActivatePolicy chosen = select_activate_policy(p, device.num_sms, device.max_threads_per_sm);
-    override_policy("activate", text,
-                    {{"vectors", &chosen.vectors, {0, chosen.vectors}},
-                     {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
-                     {"rows", &chosen.rows, {1, 2}}});
-    return chosen;
+    return choose_activate_policy(p, device.num_sms, device.max_threads_per_sm, text);
   });
   if (explained(ctx, "activate", [&] { return describe(policy); })) return;
   if (p.rows == 0 || p.inter == 0) return;

@@ -3,8 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
+#include <string_view>
 
+#include "cuda/policy_override.h"
 #include "moecore/dtype.h"
+#include "moecore/error.h"
 #include "ops/activate.h"
 
 namespace moecore::cuda {
@@ -41,6 +45,24 @@ inline ActivatePolicy select_activate_policy(const ActivateProblem& p, int num_s
   auto slices = [&] { return (columns + policy.threads - 1) / policy.threads; };
   while (policy.threads > 64 && p.rows * slices() < 2 * num_sms) policy.threads /= 2;
   policy.threads = static_cast<int>(((columns + slices() - 1) / slices() + 31) / 32 * 32);
+  return policy;
+}
+
+/// The selected policy with the caller's changes.
+inline ActivatePolicy choose_activate_policy(const ActivateProblem& p, int num_sms, int max_threads_per_sm,
+                                             std::string_view text) {
+  ActivatePolicy policy = select_activate_policy(p, num_sms, max_threads_per_sm);
+  int rows = 0;
+  override_policy("activate", text,
+                  {{"vectors", &policy.vectors, {0, policy.vectors}},
+                   {"threads", &policy.threads, {32, 64, 96, 128, 160, 192, 224, 256}},
+                   {"rows", &rows, {1, 2}}});
+  if (rows > 0) policy.rows = rows;
+  if (policy.vectors) return policy;
+  if (rows > 1)
+    throw InvalidArgument("activate: policy is \"" + std::string(text) +
+                          "\", expected rows=1 for columns that are not read in vectors");
+  policy.rows = 1;
   return policy;
 }
 

@@ -70,17 +70,7 @@ __device__ __forceinline__ Slot load_slot(const FinalizeArgs& args, std::int64_t
                                              : static_cast<const std::int32_t*>(args.slot_row)[at];
   float w = 1.0f;
   if (args.weights) {
-    const std::int64_t i = t * args.weights_stride + j;
-    switch (args.weight_dtype) {
-      case DType::kF16:
-        w = dev::to_f32(static_cast<const __half*>(args.weights)[i]);
-        break;
-      case DType::kBF16:
-        w = dev::to_f32(static_cast<const __nv_bfloat16*>(args.weights)[i]);
-        break;
-      default:
-        w = static_cast<const float*>(args.weights)[i];
-    }
+    w = load_f32(args.weights, args.weight_dtype, t * args.weights_stride + j);
     if constexpr (!kIsE4M3<Out>)
       if (args.cast_weights) w = dev::to_f32(dev::from_f32<Out>(w));
   }
@@ -406,7 +396,6 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
                           .num_tokens = p.num_tokens,
                           .hidden = p.hidden,
                           .top_k = top_k};
-  constexpr std::int64_t kMaxGridY = 65535;
   const std::int64_t slice = policy.threads * finalize_columns_per_thread(policy, p.dtype);
   const std::int64_t at_once = std::max(1, policy.direct);
   const std::int64_t groups = (p.num_tokens + at_once - 1) / at_once;

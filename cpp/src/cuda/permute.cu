@@ -156,7 +156,6 @@ __global__ void __launch_bounds__(kMaxThreads) permute_by_token_kernel(const Per
 template <int kVectorBytes, int kUnroll>
 void launch_permute(const PermutePolicy& policy, const PermuteArgs& args, std::int64_t row_bytes,
                     const DeviceInfo& device, cudaStream_t stream) {
-  constexpr std::int64_t kMaxGridY = 65535;
   const std::int64_t rows = policy.by_token ? args.x_rows : args.out_rows;
   const LaunchConfig config{
       .grid = dim3(permute_slices(policy, row_bytes), static_cast<unsigned>(std::min(rows, kMaxGridY))),

@@ -8,8 +8,9 @@
 //
 //   tiny          up to 32 routes: neither counts nor barriers. Every warp holds all routes, a lane each, and
 //                 a thread compares its expert with them.
-//   one launch    one block, or one cluster whose blocks read each other's counts. A single block builds the
-//                 row order in shared memory, because one SM scatters a word to global memory per cycle.
+//   one launch    one block, or one cluster whose blocks read each other's counts. A single block, and one of
+//                 a cluster with several routes an expert, orders its routes in shared memory before it
+//                 writes their rows, because an SM is slow to scatter words.
 //   two launches  plan_count_kernel leaves counts[block][expert] of every block's contiguous share of the
 //                 routes; plan_place_kernel sums those of the blocks before it, then ranks tile by tile.
 
@@ -152,7 +153,7 @@ std::string describe(const PlanPolicy& policy) {
   if (policy.tiny) return "cuda, tiny=1 threads=" + std::to_string(policy.threads);
   return std::string("cuda, tiny=0 launches=") + std::to_string(policy.launches) +
          " blocks=" + std::to_string(policy.blocks) + " threads=" + std::to_string(policy.threads) +
-         " rounds=" + std::to_string(policy.rounds);
+         " rounds=" + std::to_string(policy.rounds) + " order=" + std::to_string(policy.order);
 }
 
 std::size_t workspace_bytes(const PlanPolicy& policy, std::int64_t num_experts) {
@@ -169,7 +170,8 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
                    {"launches", &policy.launches, {1, 2}},
                    {"blocks", &policy.blocks, {1, kPlanClusterBlocks, 16, 32, 64, 128}},
                    {"threads", &policy.threads, {32, 64, 128, 256, 512, 1024}},
-                   {"rounds", &policy.rounds, {1, 2, 4, 8}}});
+                   {"rounds", &policy.rounds, {1, 2, 4, 8}},
+                   {"order", &policy.order, {0, 1}}});
   const std::int64_t held = static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds;
   const bool one_cluster =
       policy.blocks == 1 || (policy.blocks == kPlanClusterBlocks && compute_capability >= 90);

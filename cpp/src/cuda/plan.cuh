@@ -30,7 +30,8 @@ struct PlanArgs {
   bool swap_ab;
   std::int32_t* counts;  // [blocks, num_experts]
   unsigned routes_per_block;
-  int experts_per_thread;
+  int experts_per_thread, expert_warps;  // warps whose threads have experts
+  bool order;                            // one launch: blocks order their routes
 };
 
 // The local expert of route r, or -1.
@@ -91,12 +92,18 @@ struct Tile {
 
 // Turns the warps' counts of expert e into their exclusive sums; returns the expert's count in the tile.
 __device__ inline int sum_over_warps(std::uint16_t* counts, int num_warps, int num_experts, int e) {
+  constexpr int kAtOnce = 8;  // read before any is written: each wait is for eight
   int sum = 0;
-#pragma unroll 8
-  for (int w = 0; w < num_warps; ++w) {
-    const int count = counts[w * num_experts + e];
-    counts[w * num_experts + e] = static_cast<std::uint16_t>(sum);
-    sum += count;
+  for (int begin = 0; begin < num_warps; begin += kAtOnce) {
+    std::uint16_t* own = counts + begin * num_experts + e;
+    int count[kAtOnce];
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) count[w] = begin + w < num_warps ? own[w * num_experts] : 0;
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      if (begin + w < num_warps) own[w * num_experts] = static_cast<std::uint16_t>(sum);
+      sum += count[w];
+    }
   }
   return sum;
 }
@@ -177,7 +184,7 @@ __device__ int scan_experts(const PlanArgs& args, std::int32_t* counts, Word* sc
   Word sum = 0;
   for (int e = range.begin; e < range.end; ++e) sum += Pair::make(counts[e], scale_blocks(args, counts[e]));
   Word total;
-  Word before = dev::block_exclusive_scan(sum, scratch, &total);
+  Word before = dev::block_exclusive_scan(sum, scratch, &total, args.expert_warps);
   for (int e = range.begin; e < range.end; ++e) {
     const int count = counts[e];
     counts[e] = Pair::count(before);
@@ -239,8 +246,8 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   auto* scratch = reinterpret_cast<std::uint32_t*>(smem);
   auto* offsets = reinterpret_cast<std::int32_t*>(smem + 32);
   auto* block_counts = offsets + args.num_experts;  // read by the other blocks
-  auto* row_order = block_counts + args.num_experts;
-  auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (num_blocks == 1 ? args.num_routes : 0));
+  auto* row_order = reinterpret_cast<std::uint32_t*>(block_counts + args.num_experts);
+  auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (args.order ? share : 0));
   zero(counts, num_warps * args.num_experts);
   ready();
 
@@ -255,8 +262,21 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
     offsets[e] = block_counts[e] = sum_over_warps(counts, num_warps, args.num_experts, e);
   // Phase 2: offsets of the experts, then of this block's part of each.
   int before[kMaxExpertsPerThread] = {};
+  unsigned first[kMaxExpertsPerThread] = {};  // cluster: of the expert's routes in the block's own order
+  unsigned num_live = 0;                      // routes of the block that have a row
   if (num_blocks > 1) {
     dev::cluster_arrive();
+    if (args.order) {  // on the way of the barrier
+      unsigned own = 0;
+#pragma unroll
+      for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+        first[i] = own;
+        if (range.begin + i < range.end) own += static_cast<unsigned>(block_counts[range.begin + i]);
+      }
+      const unsigned lower = dev::block_exclusive_scan(own, scratch + 32, &num_live, args.expert_warps);
+#pragma unroll
+      for (int i = 0; i < kMaxExpertsPerThread; ++i) first[i] += lower;
+    }
     dev::cluster_wait();
 #pragma unroll
     for (int i = 0; i < kMaxExpertsPerThread; ++i) {
@@ -274,9 +294,16 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
     dev::cluster_arrive();  // this block reads no other's memory from here on
   }
   const int num_rows = scan_experts(args, offsets, scratch, self == 0);
+  // Below the first row of the block's routes of an expert stands, 16 bits higher, where they are in its
+  // order.
+  constexpr unsigned kHalf = 16;
+  if (num_blocks == 1) num_live = static_cast<unsigned>(num_rows);
 #pragma unroll
-  for (int i = 0; i < kMaxExpertsPerThread; ++i)
-    if (range.begin + i < range.end) offsets[range.begin + i] += before[i];
+  for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+    if (range.begin + i >= range.end) break;
+    const auto row = static_cast<unsigned>(offsets[range.begin + i] + before[i]);
+    offsets[range.begin + i] = static_cast<std::int32_t>(row | (num_blocks == 1 ? row : first[i]) << kHalf);
+  }
   __syncthreads();
   // Phase 3: rows of slots, routes of rows.
 #pragma unroll
@@ -284,21 +311,25 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
     const unsigned r = Tile<kRounds>::route(share_begin, i);
     if (r >= share_end) break;
     const int e = tile.expert[i];
-    const int row = e >= 0 ? offsets[e] + counts[warp * args.num_experts + e] + tile.rank[i] : -1;
-    args.slot_row[r] = row;
-    if (row < 0) continue;
-    if (num_blocks == 1)
-      row_order[row] = static_cast<std::int32_t>(r);
+    if (e < 0) {
+      args.slot_row[r] = -1;
+      continue;
+    }
+    const auto within = static_cast<unsigned>(counts[warp * args.num_experts + e] + tile.rank[i]);
+    const unsigned at = static_cast<unsigned>(offsets[e]) + (within << kHalf | within);
+    const unsigned row = at & 0xFFFF;
+    args.slot_row[r] = static_cast<std::int32_t>(row);
+    if (args.order)
+      row_order[at >> kHalf] = row << kHalf | r;
     else
-      write_row(args, row, r);
+      write_row(args, static_cast<int>(row), r);
   }
-  if (num_blocks == 1) {
+  if (args.order) {
     __syncthreads();
-    for (int row = static_cast<int>(threadIdx.x); row < num_rows; row += static_cast<int>(blockDim.x))
-      write_row(args, row, static_cast<unsigned>(row_order[row]));
-  } else {
-    dev::cluster_wait();  // no block leaves while another reads its counts
+    for (unsigned i = threadIdx.x; i < num_live; i += blockDim.x)
+      write_row(args, static_cast<int>(row_order[i] >> kHalf), row_order[i] & 0xFFFF);
   }
+  if (num_blocks > 1) dev::cluster_wait();  // no block leaves while another reads its counts
   clear_rows(args, num_rows);
 }
 
@@ -329,11 +360,15 @@ inline PlanArgs make_plan_args(const PlanProblem& p, const PlanPolicy& policy, s
                 .swap_ab = p.swap_ab,
                 .counts = counts,
                 .routes_per_block = 0,
-                .experts_per_thread = 0};
+                .experts_per_thread = 0,
+                .expert_warps = 0,
+                .order = policy.order != 0};
   const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks;
   const std::int64_t tiles = policy.launches == 1 ? share : (share + kPlanTile - 1) / kPlanTile * kPlanTile;
   args.routes_per_block = static_cast<unsigned>(tiles);
   args.experts_per_thread = static_cast<int>((p.num_experts + policy.threads - 1) / policy.threads);
+  const std::int64_t per_warp = 32 * std::max(1, args.experts_per_thread);
+  args.expert_warps = static_cast<int>((p.num_experts + per_warp - 1) / per_warp);
   return args;
 }
 

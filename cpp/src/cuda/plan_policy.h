@@ -15,6 +15,7 @@ struct PlanPolicy {
   int blocks = 1;    // one launch: 1 or kPlanClusterBlocks
   int threads = 1024;
   int rounds = 1;  // routes that a thread ranks at a time: 1, 2, 4 or 8
+  int order = 0;   // one launch: 1: a block orders its routes before it writes their rows
 };
 
 inline constexpr std::int64_t kPlanTinyMaxRoutes = 32;
@@ -34,19 +35,24 @@ inline constexpr std::int64_t kPlanClusterMinRoutes = 1024;
 inline constexpr std::int64_t kPlanClusterMaxRoutes = 8192;
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
+/// Routes of an expert in a block of a cluster from which ordering them pays, where experts are many: then
+/// most of a sector of 32 bytes is written at once. Unordered, 8192 routes took 6.0 us on an H200 over 128
+/// experts, and 4.3 over 8, which a warp's routes share.
+inline constexpr std::int64_t kPlanOrderedRun = 4, kPlanOrderedMinExperts = 32;
+
 constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
   return std::clamp<std::int64_t>((num_routes + kPlanTile - 1) / kPlanTile, 1, kPlanMaxBlocks);
 }
 
-/// Shared memory: scan scratch, expert offsets and counts, per-warp counts and, in a single block, the row
-/// order.
+/// Shared memory: scan scratch, expert offsets and counts, per-warp counts and, where a block orders its
+/// routes, their order.
 constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num_routes,
                                       std::int64_t num_experts) {
   const bool one_launch = policy.launches == 1;
   const std::int64_t share = (num_routes + policy.blocks - 1) / policy.blocks, per_warp = 32 * policy.rounds;
   const std::int64_t warps = one_launch ? (share + per_warp - 1) / per_warp : policy.threads / 32;
   const std::int64_t counts = (warps * num_experts * 2 + 15) / 16 * 16;
-  const std::int64_t row_order = one_launch && policy.blocks == 1 ? num_routes * 4 : 0;
+  const std::int64_t row_order = one_launch && policy.order ? share * 4 : 0;
   return static_cast<std::size_t>(32 * 8 + num_experts * 8 + counts + row_order);
 }
 
@@ -60,10 +66,12 @@ inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_e
     // As few warps as hold the routes in few rounds, since counts are summed over the warps; a thread for
     // every expert.
     const std::int64_t share = (num_routes + blocks - 1) / blocks;
+    const int order =
+        !clusters || (share >= kPlanOrderedRun * num_experts && num_experts >= kPlanOrderedMinExperts);
     for (int rounds : {1, 2, 4, 8}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
-      const PlanPolicy policy{0, 1, blocks, static_cast<int>(std::max(route_threads, expert_threads)),
-                              rounds};
+      const PlanPolicy policy{0,      1,    blocks, static_cast<int>(std::max(route_threads, expert_threads)),
+                              rounds, order};
       if (route_threads <= (rounds == 8 ? 1024 : 512) &&
           plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem)
         return policy;

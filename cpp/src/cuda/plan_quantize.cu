@@ -29,8 +29,11 @@ __global__ void __launch_bounds__(kPlanMaxThreads)
   if (blockIdx.z > 0) {
     begin();
     const Columns<Encoding::kBlock128, 1> columns(tokens);
-    quantize_task<__nv_bfloat16, Encoding::kBlock128, Source::kRows, true>(tokens, columns, Global{},
-                                                                           blockIdx.z - 1, tokens.rows);
+    const auto token = static_cast<int>(blockIdx.z - 1);
+    Unit<__nv_bfloat16> v[1];
+    load_source<__nv_bfloat16, Source::kRows, true>(tokens, token, columns.first, v[0]);
+    quantize_task<__nv_bfloat16, Encoding::kBlock128, Source::kRows, true>(
+        tokens, columns, v, Global{}, token, tokens.map.of_row(token), tokens.rows);
   } else if (blockIdx.y == 0) {
     if (tiny) {
       begin();

@@ -38,10 +38,15 @@ bool is_silu_and_mul(const Activation& a) {
          (a.order == GateOrder::kGateUp || a.order == GateOrder::kUpGate);
 }
 
+/// Rows follow each other by expert, and their scales or factors are their expert's.
+bool expert_of_row_matters(const QuantizeProblem& p) {
+  return p.experts.expert_offsets && (p.experts.scale_offsets || p.global_scale_per_expert);
+}
+
 /// Tiles of kTile columns of every row.
 void set_tiles(QuantizeArgs& args, std::int64_t columns) {
   const std::int64_t tiles = std::max<std::int64_t>(1, (columns + kTile - 1) / kTile);
-  if (args.num_tasks * tiles > std::numeric_limits<std::int32_t>::max() / 2)
+  if (std::int64_t{args.num_tasks} * tiles > std::numeric_limits<std::int32_t>::max() / 2)
     throw Unsupported("quantize: the CUDA engine takes at most 2^30 tiles of 512 columns");
   args.tiles = static_cast<int>(tiles);
   args.by_tiles = dev::Divisor(static_cast<unsigned>(tiles));
@@ -109,8 +114,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   const int n = args.cols - column;
   if (n <= 0) return;
 
-  const Place place =
-      place_of(args.experts, args.map, args.scales.layout, args.global_scale_per_expert, row, search_expert);
+  const Place place = place_of(args.experts, args.map, args.scales.layout, args.global_scale_per_expert, row);
   const int block = args.block > 0 ? column / args.block : 0;
   const std::byte* at = args.scales.data;
   if (!args.one_scale) at += place.scales + args.map.of_block(block);
@@ -181,6 +185,9 @@ QuantizeArgs make_quantize_args(const QuantizeProblem& p) {
   if (p.padded_cols > kMostColumns || p.cols > kMostColumns)
     throw Unsupported("quantize: the CUDA engine takes rows of at most 2^30 columns");
   const bool by_token = quantizes_tokens(p);
+  const std::int64_t num_tasks = by_token ? p.rows : p.out_rows;
+  constexpr std::int64_t kMostTasks = std::numeric_limits<std::int32_t>::max() - 127;  // padded to 128
+  if (num_tasks > kMostTasks) throw Unsupported("quantize: the CUDA engine takes at most 2^31 - 128 rows");
   QuantizeArgs args{.x = p.x,
                     .x_stride = p.x_stride,
                     .cols = static_cast<int>(p.cols),
@@ -197,7 +204,11 @@ QuantizeArgs make_quantize_args(const QuantizeProblem& p) {
                     .global_scale_per_expert = p.global_scale_per_expert,
                     .experts = p.experts,
                     .rows = p.out_rows,
-                    .num_tasks = by_token ? p.rows : p.out_rows,
+                    .tasks = by_token                   ? Tasks::kTokens
+                             : p.experts.row_counts     ? Tasks::kExpertGroups
+                             : expert_of_row_matters(p) ? Tasks::kExpertRows
+                                                        : Tasks::kRows,
+                    .num_tasks = static_cast<int>(num_tasks),
                     .row_token = by_token ? nullptr : p.row_token,
                     .slot_row = by_token ? p.slot_row : nullptr,
                     .top_k = static_cast<int>(p.top_k)};
@@ -253,12 +264,13 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
     l.args.lookup = policy.lookup;
     l.args.tasks_of_block = policy.tasks;
     const std::int64_t parts = row_parts(policy, columns_of_row(p)), warps = parts * policy.threads / 32;
-    if (parts > 65535) throw Unsupported("quantize: the CUDA engine takes rows of at most 2^25 columns");
+    if (parts > kMaxGridY) throw Unsupported("quantize: the CUDA engine takes rows of at most 2^25 columns");
     l.row_parts = static_cast<unsigned>(parts);
     l.args.padding_blocks =
         static_cast<unsigned>((padding_warps(p.scales, p.experts, p.out_rows) + warps - 1) / warps);
   }
-  const std::int64_t blocks = l.args.padding_blocks + (l.args.num_tasks + policy.tasks - 1) / policy.tasks;
+  const std::int64_t blocks =
+      l.args.padding_blocks + (std::int64_t{l.args.num_tasks} + policy.tasks - 1) / policy.tasks;
   if (blocks == 0) return;
   if (blocks > std::numeric_limits<std::int32_t>::max())
     throw Unsupported("quantize: the CUDA engine takes at most 2^31 - 1 rows");

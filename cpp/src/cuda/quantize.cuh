@@ -38,14 +38,22 @@ struct ScaleMap {
         group_shift(s.layout == ScaleLayout::kSwizzled128x4 ? 5 : tile_shift),
         row(is_swizzled(s.layout) ? static_cast<int>(scale_byte(s, 0, 1, 0)) : 0) {}
 
-  /// Where the scales of row `r` of the block at `base_row` begin.
-  __device__ __forceinline__ std::int64_t of_row(int base_row, int r) const {
+  /// From the start of a block of scales to where those of its row `r` begin.
+  __device__ __forceinline__ std::int64_t of_row(int r) const {
     const int within = r & ((1 << tile_shift) - 1), group = within >> group_shift;
-    return base_row * base + (r >> tile_shift) * tile + ((within - (group << group_shift)) * row + group * 4);
+    return (r >> tile_shift) * tile + ((within - (group << group_shift)) * row + group * 4);
   }
   __device__ __forceinline__ std::int64_t of_block(int block) const {
     return block / 4 * four + block % 4 * one;
   }
+};
+
+/// What a task is, and what tells where its scales go.
+enum class Tasks : int {
+  kRows,          // rows whose place is their number
+  kExpertRows,    // rows of experts that follow each other (expert_offsets)
+  kExpertGroups,  // rows of experts with as much room each (row_counts)
+  kTokens,        // tokens, whose codes go to all their rows
 };
 
 struct QuantizeArgs {
@@ -63,10 +71,11 @@ struct QuantizeArgs {
   const float* global_scale;
   bool global_scale_per_expert;
   ExpertRowsRef experts;
-  std::int64_t rows;       // of the output
-  std::int64_t num_tasks;  // rows, or tokens when slot_row is set
+  std::int64_t rows;  // of the output
+  Tasks tasks;
+  int num_tasks;
   const std::int32_t* row_token;
-  const std::int32_t* slot_row;
+  const std::int32_t* slot_row;  // of tokens
   int top_k;
   int lookup{};
   unsigned padding_blocks{};  // the first ones of the grid, which zero the padding of the scales
@@ -115,12 +124,20 @@ __device__ __forceinline__ int search_expert(const ExpertRowsRef& experts, std::
   return low;
 }
 
-/// The same by all threads of the block, for one row.
-__device__ __forceinline__ int count_experts(const ExpertRowsRef& experts, std::int64_t row) {
+/// The same by all lanes of the warp, for one row.
+__device__ __forceinline__ int count_experts(const ExpertRowsRef& experts, int row) {
+  constexpr int kAtOnce = 8;
+  const int num_experts = static_cast<int>(experts.num_experts), lane = static_cast<int>(threadIdx.x) % 32;
   int before = 0;
-  for (int first = 0; first < experts.num_experts; first += static_cast<int>(blockDim.x)) {
-    const int e = first + static_cast<int>(threadIdx.x);
-    before += __syncthreads_count(e < experts.num_experts && __ldg(experts.expert_offsets + 1 + e) <= row);
+  for (int first = lane; first - lane < num_experts; first += 32 * kAtOnce) {
+    int end[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int e = first + 32 * i;
+      end[i] = e < num_experts ? __ldg(experts.expert_offsets + 1 + e) : std::numeric_limits<int>::max();
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) before += __popc(__ballot_sync(0xFFFFFFFF, end[i] <= row));
   }
   return before;
 }
@@ -136,11 +153,8 @@ __device__ __forceinline__ std::int64_t group_scale_rows(const ExpertRowsRef& ex
   return (experts.group_rows + multiple - 1) / multiple * multiple;
 }
 
-/// `find` is called when the expert is needed and only a search tells.
-template <class Find>
 __device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const ScaleMap& map,
-                                          ScaleLayout layout, bool expert_needed, std::int64_t row,
-                                          Find&& find) {
+                                          ScaleLayout layout, bool expert_needed, std::int64_t row) {
   Place place;
   int base = 0, scale_row = static_cast<int>(row);
   if (experts.row_counts) {
@@ -150,23 +164,14 @@ __device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const Sc
       scale_row = static_cast<int>(row - place.expert * experts.group_rows);
     }
   } else if (experts.expert_offsets && (experts.scale_offsets || expert_needed)) {
-    place.expert = find(experts, row);
+    place.expert = search_expert(experts, row);
     if (experts.scale_offsets) {
       base = __ldg(experts.scale_offsets + place.expert);
       scale_row -= __ldg(experts.expert_offsets + place.expert);
     }
   }
-  place.scales = map.of_row(base, scale_row);
+  place.scales = base * map.base + map.of_row(scale_row);
   return place;
-}
-
-/// For the row of the block.
-__device__ __forceinline__ Place place_of_block(const QuantizeArgs& args, std::int64_t row) {
-  return place_of(args.experts, args.map, args.scales.layout, args.global_scale_per_expert, row,
-                  [&](const ExpertRowsRef& experts, std::int64_t r) {
-                    return args.lookup == static_cast<int>(ExpertLookup::kCount) ? count_experts(experts, r)
-                                                                                 : search_expert(experts, r);
-                  });
 }
 
 /// 16 elements from `p`, of which the first `n` exist; the others are NaN, which no magnitude sees. kWhole:

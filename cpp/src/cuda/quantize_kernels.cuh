@@ -26,58 +26,64 @@ constexpr unsigned kWarp = 0xFFFFFFFF;
 constexpr int kAmaxThreads = 256;
 
 /// Zeroes rows [begin, end) of words [word, word + kPaddingWords) of one swizzled block of scales.
-__device__ inline void zero_scale_rows(const ScaleRef& scales, std::int64_t base, std::int64_t begin,
-                                       std::int64_t end, std::int64_t word) {
+__device__ inline void zero_scale_rows(const ScaleRef& scales, std::int64_t base, int begin, int end,
+                                       int word) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t last = min(word + kPaddingWords, scales.words());
-  for (; word < last; ++word) {
-    if (scales.layout == ScaleLayout::kSwizzled128x4) {
-      // A lane's 16 bytes are the words of rows lane, lane + 32, lane + 64 and lane + 96.
-      for (std::int64_t row = begin / 128 * 128 + lane; row < end; row += 128) {
-        auto* four =
-            reinterpret_cast<std::uint32_t*>(scales.data + scale_byte(scales, base, row, word * kScaleWord));
-        if (row >= begin && row + 96 < end && reinterpret_cast<std::uintptr_t>(four) % 16 == 0) {
-          *reinterpret_cast<uint4*>(four) = uint4{};
+  const int words = min(kPaddingWords, static_cast<int>(scales.words()) - word);
+  if (scales.layout == ScaleLayout::kSwizzled128x4) {
+    // A lane's 16 bytes are the words of rows lane, lane + 32, lane + 64 and lane + 96 of a tile.
+    for (int row = begin / 128 * 128 + lane; row < end; row += 128) {
+      std::byte* to = scales.data + scale_byte(scales, base, row, word * kScaleWord);
+      const bool all =
+          row >= begin && row + 96 < end && reinterpret_cast<std::uintptr_t>(to) % sizeof(uint4) == 0;
+      for (int w = 0; w < words; ++w, to += 512) {
+        if (all) {
+          *reinterpret_cast<uint4*>(to) = uint4{};
         } else {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (row + 32 * i >= begin && row + 32 * i < end) four[i] = 0;
+            if (row + 32 * i >= begin && row + 32 * i < end) reinterpret_cast<std::uint32_t*>(to)[i] = 0;
         }
       }
-    } else {
-      for (std::int64_t row = begin + lane; row < end; row += 32)
-        *reinterpret_cast<std::uint32_t*>(scales.data + scale_byte(scales, base, row, word * kScaleWord)) = 0;
+    }
+  } else {
+    for (int row = begin + lane; row < end; row += 32) {
+      std::byte* to = scales.data + scale_byte(scales, base, row, word * kScaleWord);
+      for (int w = 0; w < words; ++w, to += 32) *reinterpret_cast<std::uint32_t*>(to) = 0;
     }
   }
 }
 
 /// The share of warp `warp` of the scales that belong to no row.
 __device__ inline void zero_padding(const ScaleRef& scales, const ExpertRowsRef& experts, std::int64_t rows,
-                                    std::int64_t warp) {
+                                    unsigned warp) {
   if (scales.layout == ScaleLayout::kColumnMajor) {
-    const std::int64_t column = warp * 32 + threadIdx.x % 32;
+    const std::int64_t column = std::int64_t{warp} * 32 + threadIdx.x % 32;
     if (column >= (scales.bytes == 4 ? scales.cols : scales.words())) return;
     auto* word = reinterpret_cast<std::uint32_t*>(scales.data + column * scales.pitch);
     for (std::int64_t row = rows; row < scales.rows; ++row) word[row] = 0;
     return;
   }
-  const std::int64_t groups = (scales.words() + kPaddingWords - 1) / kPaddingWords;
-  const std::int64_t e = warp / groups, word = warp % groups * kPaddingWords;
+  const auto groups = static_cast<unsigned>((scales.words() + kPaddingWords - 1) / kPaddingWords);
+  const unsigned e = warp / groups;
+  const auto word = static_cast<int>(warp % groups) * kPaddingWords;
+  if (e >= max(experts.num_experts, std::int64_t{1})) return;
+  std::int64_t base = 0;  // of the block of scales, whose rows from `begin` to `end` belong to none
+  int begin, end;
   if (experts.row_counts) {
-    if (e >= experts.num_experts) return;
-    const std::int64_t padded = group_scale_rows(experts, scales.layout);
-    const std::int64_t count =
-        min(experts.group_rows, static_cast<std::int64_t>(max(0, experts.row_counts[e])));
-    zero_scale_rows(scales, e * padded, count, padded, word);
+    end = static_cast<int>(group_scale_rows(experts, scales.layout));
+    begin = min(static_cast<int>(experts.group_rows), max(0, experts.row_counts[e]));
+    base = std::int64_t{e} * end;
   } else if (experts.scale_offsets) {
-    if (e >= experts.num_experts) return;
-    const std::int64_t base = experts.scale_offsets[e];
-    zero_scale_rows(scales, base, experts.expert_offsets[e + 1] - experts.expert_offsets[e],
-                    experts.scale_offsets[e + 1] - base, word);
-  } else if (e == 0) {
-    const std::int64_t multiple = scale_row_multiple(scales.layout);
-    zero_scale_rows(scales, 0, rows, (rows + multiple - 1) / multiple * multiple, word);
+    base = experts.scale_offsets[e];
+    begin = experts.expert_offsets[e + 1] - experts.expert_offsets[e];
+    end = static_cast<int>(experts.scale_offsets[e + 1] - base);
+  } else {
+    const auto multiple = static_cast<int>(scale_row_multiple(scales.layout));
+    begin = static_cast<int>(rows);
+    end = (begin + multiple - 1) / multiple * multiple;
   }
+  zero_scale_rows(scales, base, begin, end, word);
 }
 
 /// What a thread has made of its units of a task.
@@ -145,8 +151,8 @@ __device__ __forceinline__ void quantize_unit(const QuantizeArgs& args, const Un
       amax = larger(amax, __shfl_xor_sync(lanes, amax, distance));
     return amax;
   };
-  // Whole units that do not exist hold others of the row.
-  float amax = kWhole && n <= 0 ? 0.0f : amax_or_nan(v);
+  float amax = amax_or_nan(v);
+  if (kWhole && kLanes > 1 && n <= 0) amax = 0.0f;  // whole units that do not exist hold others of the row
   amax = over_block(amax, kWarp, [](float a, float b) { return dev::max_or_nan(a, b); });
   BlockScale scale;
   const bool f32_scales = args.scales.bytes == 4;
@@ -167,23 +173,58 @@ __device__ __forceinline__ void quantize_unit(const QuantizeArgs& args, const Un
   if (kWhole ? n <= 0 : n < kUnit) clear_behind<is_fp4(kEncoding)>(n, codes);
 }
 
-/// One task: a row, or a token and all its rows.
+/// The expert of a block's row and what all its rows share. Rows of experts come in order, so that it is
+/// looked up for the first row of a block and where an expert ends.
+struct Owner {
+  int first = 0;                               // its first row, where its scales begin with it
+  int end = std::numeric_limits<int>::max();   // the row that needs the next look-up
+  int live = std::numeric_limits<int>::max();  // the row behind the last that exists
+  int scale_row = 0;                           // where its scales begin
+  std::int64_t scales = 0;                     // the same in bytes
+  Global global;
+
+  /// Asks for what tells about the expert of `row`. Only who reads it waits for it.
+  __device__ __forceinline__ void find(const QuantizeArgs& args, int row) {
+    const ExpertRowsRef& experts = args.experts;
+    int expert;
+    if (args.tasks == Tasks::kExpertGroups) {
+      const auto group_rows = static_cast<int>(experts.group_rows);
+      expert = static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(group_rows));
+      end = (expert + 1) * group_rows;
+      live = min(end, expert * group_rows + experts.row_counts[expert]);
+      if (is_swizzled(args.scales.layout)) {
+        first = expert * group_rows;
+        scale_row = expert * static_cast<int>(group_scale_rows(experts, args.scales.layout));
+      }
+    } else {
+      expert = args.lookup == static_cast<int>(ExpertLookup::kCount) ? count_experts(experts, row)
+                                                                     : search_expert(experts, row);
+      if (expert >= static_cast<int>(experts.num_experts)) {  // behind the last expert, as all that follow
+        live = 0, end = std::numeric_limits<int>::max();
+        return;
+      }
+      end = __ldg(experts.expert_offsets + 1 + expert);
+      if (experts.scale_offsets) {
+        first = __ldg(experts.expert_offsets + expert);
+        scale_row = __ldg(experts.scale_offsets + expert);
+      }
+    }
+    if (args.global_scale_per_expert) global.value = __ldg(args.global_scale + expert);
+  }
+
+  /// Works out what find() has asked for.
+  __device__ __forceinline__ void settle(const QuantizeArgs& args) {
+    scales = scale_row * args.map.base;
+    if (args.global_scale_per_expert) global.reciprocal = __frcp_rn(global.value);
+  }
+};
+
+/// One task: a row, whose scales begin at `scales`, or a token and all its rows.
 template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
 __device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
-                                              const Columns<kEncoding, kUnroll>& columns, Global global,
-                                              std::int64_t task, std::int64_t num_rows) {
-  const bool by_token = args.slot_row != nullptr;
-  Unit<T> v[kUnroll];
-  const std::int64_t source = args.row_token ? args.row_token[task] : task;
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    load_source<T, kSource, kWhole>(args, source, columns.first + u * columns.step, v[u]);
-
-  Place place;
-  if (!by_token) place = place_of_block(args, task);
-  if (kEncoding == Encoding::kNvfp4 && args.global_scale_per_expert)
-    global.load(args.global_scale + place.expert);
-
+                                              const Columns<kEncoding, kUnroll>& columns,
+                                              const Unit<T> (&v)[kUnroll], const Global& global, int task,
+                                              std::int64_t scales, std::int64_t num_rows) {
   Units<kUnroll> units;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -196,13 +237,14 @@ __device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
     }
   }
 
-  if (!by_token) return store_units<kEncoding, kWhole>(args, units, columns, task, place.scales);
+  if (args.tasks != Tasks::kTokens) return store_units<kEncoding, kWhole>(args, units, columns, task, scales);
   // Every lane finds the place of one of the token's rows; then all lanes write to each.
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int j = 0; j < args.top_k; j += 32) {
-    std::int64_t row = j + lane < args.top_k ? args.slot_row[task * args.top_k + j + lane] : -1;
+    std::int64_t row = j + lane < args.top_k ? args.slot_row[std::int64_t{task} * args.top_k + j + lane] : -1;
     const bool live = row >= 0 && row < num_rows;
-    if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row, search_expert);
+    Place place;
+    if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row);
     for (unsigned left = __ballot_sync(kWarp, live); left != 0; left &= left - 1) {
       const int slot = __ffs(static_cast<int>(left)) - 1;
       store_units<kEncoding, kWhole>(args, units, columns, __shfl_sync(kWarp, row, slot),
@@ -224,25 +266,37 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
   dev::wait_for_predecessor();
   dev::release_successor();
   if (blockIdx.x < args.padding_blocks)
-    return zero_padding(
-        args.scales, args.experts, args.rows,
-        (std::int64_t{blockIdx.x} * gridDim.y + blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32);
+    return zero_padding(args.scales, args.experts, args.rows,
+                        (blockIdx.x * gridDim.y + blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32);
   const Columns<kEncoding, kUnroll> columns(args);
-  const std::int64_t num_rows = live_rows(args.experts, args.rows);
-  const std::int64_t num_tasks = args.slot_row ? args.num_tasks : num_rows;
-  const std::int64_t begin =
-      static_cast<std::int64_t>(blockIdx.x - args.padding_blocks) * args.tasks_of_block;
-  const std::int64_t end = min(begin + args.tasks_of_block, num_tasks);
-  if (begin >= end) return;
-  Global global;
+  const auto begin = static_cast<std::int64_t>(blockIdx.x - args.padding_blocks) * args.tasks_of_block;
+  auto end = static_cast<int>(min(begin + args.tasks_of_block, std::int64_t{args.num_tasks}));
+  std::int64_t num_rows = 0;
+  Owner owner;
+  if (args.tasks == Tasks::kTokens)
+    num_rows = live_rows(args.experts, args.rows);
+  else if (args.tasks == Tasks::kRows)
+    end = static_cast<int>(min(std::int64_t{end}, live_rows(args.experts, args.rows)));
+  else
+    owner.end = static_cast<int>(begin);
   if (kEncoding == Encoding::kNvfp4 && args.global_scale && !args.global_scale_per_expert)
-    global.load(args.global_scale);
+    owner.global.load(args.global_scale);
   if (kEncoding == Encoding::kTensor)
-    global.reciprocal = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
+    owner.global.reciprocal = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
 #pragma unroll 1
-  for (std::int64_t task = begin; task < end; ++task)
-    if (args.slot_row || row_is_live(args.experts, task))
-      quantize_task<T, kEncoding, kSource, kWhole>(args, columns, global, task, num_rows);
+  for (int task = static_cast<int>(begin); task < end; ++task) {
+    const bool another = task >= owner.end;
+    if (another) owner.find(args, task);
+    if (task >= owner.live) continue;
+    Unit<T> v[kUnroll];
+    const int source = args.row_token ? args.row_token[task] : task;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      load_source<T, kSource, kWhole>(args, source, columns.first + u * columns.step, v[u]);
+    if (another) owner.settle(args);  // with the row on its way
+    quantize_task<T, kEncoding, kSource, kWhole>(
+        args, columns, v, owner.global, task, owner.scales + args.map.of_row(task - owner.first), num_rows);
+  }
 }
 
 /// The largest of one value of every thread of the block, none negative, as bits.

@@ -20,9 +20,9 @@ inline constexpr int kMaxTileThreads = 256;
 inline constexpr int kRowThreads = 512;
 inline constexpr int kMaxRowUnits = 4;
 
-/// How a block finds the expert of its row.
+/// How a warp finds the expert of its row.
 enum class ExpertLookup : int {
-  kCount,   // its threads count the experts that end before the row: all loads at once
+  kCount,   // its lanes count the experts that end before the row: up to 256 of them by loads all at once
   kSearch,  // binary search: fewer loads, one after the other
 };
 

@@ -382,8 +382,14 @@ auto select_kernel(const RouteArgs& args, int per_lane) {
   return score_keys ? select_kernel<false, true>(per_lane) : select_kernel<false, false>(per_lane);
 }
 
+/// Blocks of an SM that registers leave room for.
+constexpr int packed_blocks_per_sm(int per_lane) {
+  return per_lane == 4 ? 12 : per_lane == 8 ? 10 : 6;
+}
+
 template <int kLanes, int kPerLane, bool kSoftmax, RouteKeys kKeys>
-__global__ void __launch_bounds__(kRouteMaxThreads) route_packed_kernel(const RouteArgs args) {
+__global__ void __launch_bounds__(kRouteMaxThreads, packed_blocks_per_sm(kPerLane))
+    route_packed_kernel(const RouteArgs args) {
   constexpr int kTokens = 32 / kLanes;
   __shared__ RouteScratch scratch[kRouteMaxThreads / 32 * kTokens];
   dev::wait_for_predecessor();

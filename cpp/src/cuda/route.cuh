@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "cuda/device/math.cuh"
@@ -37,8 +38,8 @@ struct RouteArgs {
   float scale;
   const std::uint8_t* is_padding;
   // For the packed form with groups.
-  int lanes_per_group, experts_per_lane;
-  bool vector_loads;  // f32 logits of a lane are aligned vectors
+  int log2_group_lanes, experts_per_lane;
+  bool vector_loads, vector_bias;  // f32 logits of a lane are aligned vectors, and so is its bias
 };
 
 __device__ __forceinline__ float minus_infinity() {
@@ -124,14 +125,17 @@ inline RouteArgs make_route_args(const RouteProblem& p, int lanes) {
                  .renormalize = p.renormalize,
                  .scale = p.scale,
                  .is_padding = p.is_padding,
-                 .lanes_per_group = 1,
+                 .log2_group_lanes = 0,
                  .experts_per_lane = 0,
-                 .vector_loads = false};
+                 .vector_loads = false,
+                 .vector_bias = false};
   if (lanes > 0 && p.num_groups > 1) {
-    args.lanes_per_group = lanes / args.num_groups;
-    args.experts_per_lane = args.group_size / args.lanes_per_group;
-    args.vector_loads = p.dtype == DType::kF32 && reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 &&
-                        p.logits_stride % 4 == 0 && args.experts_per_lane % 4 == 0;
+    const auto aligned = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
+    args.log2_group_lanes = std::countr_zero(static_cast<unsigned>(lanes / args.num_groups));
+    args.experts_per_lane = args.group_size >> args.log2_group_lanes;
+    args.vector_loads = p.dtype == DType::kF32 && aligned(p.logits) && p.logits_stride % 4 == 0 &&
+                        args.experts_per_lane % 4 == 0;
+    args.vector_bias = p.bias && aligned(p.bias) && args.experts_per_lane % 4 == 0;
   }
   return args;
 }

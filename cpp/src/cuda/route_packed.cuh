@@ -18,14 +18,17 @@
 namespace moecore::cuda {
 
 inline constexpr int kMaxCandidates = 64;
+inline constexpr int kFewCandidates = 16;                             // as most tokens have
+inline constexpr int kNowhere = kMaxCandidates + kFewCandidates - 1;  // a place that nobody reads
 
-/// A token's shared memory.
+/// A token's shared memory. Candidates are read by fours, with -infinity behind the last.
 struct RouteScratch {
   union {
     alignas(16) float columns[16];
-    alignas(16) std::uint64_t keys[kMaxCandidates];
+    alignas(16) float keys[kNowhere + 1];
   };
-  float values[kMaxCandidates];  // of the candidates: the logit with kLogit, else the score
+  alignas(16) int ids[kNowhere + 1];
+  float values[kNowhere + 1];  // scores of the candidates, but with kLogit, where keys are all there is
   alignas(16) float chosen_value[kMaxPackedSlots];
   int chosen_id[kMaxPackedSlots];
 };
@@ -58,7 +61,10 @@ struct PackedRouter {
   int sub;  // lane within the token
 
   float key[kPerLane];  // -infinity for what cannot be selected
+  float score[kKeys == RouteKeys::kLogit ? 1 : kPerLane];
   float top = 0.0f, sum = 1.0f;
+  float largest;     // with groups: of the lane's keys
+  bool kept = true;  // with groups: the lane's is one of the best
 
   // key[i] is of expert first_expert() + i * kStep, if that exists.
   static constexpr int kStep = kKeys == RouteKeys::kGrouped ? 1 : kLanes;
@@ -67,6 +73,11 @@ struct PackedRouter {
   }
   __device__ __forceinline__ bool exists(int i) const {
     return kKeys == RouteKeys::kGrouped ? i < args.experts_per_lane : i * kLanes + sub < args.num_experts;
+  }
+
+  __device__ __forceinline__ bool every_expert_exists() const {
+    return kKeys == RouteKeys::kGrouped ? args.experts_per_lane == kPerLane
+                                        : args.num_experts == kLanes * kPerLane;
   }
 
   template <class Element>
@@ -83,6 +94,11 @@ struct PackedRouter {
         return;
       }
     }
+    if (every_expert_exists()) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] = widen(own[i * kStep], args.dtype);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) x[i] = exists(i) ? widen(own[i * kStep], args.dtype) : 0.0f;
   }
@@ -95,41 +111,61 @@ struct PackedRouter {
     else
       load<unsigned short>(x);
     if constexpr (kKeys == RouteKeys::kLogit) {
+      bool live = every_expert_exists();
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(x[i]) && exists(i) ? x[i] : minus_infinity();
+      for (int i = 0; i < kPerLane; ++i) {
+        key[i] = x[i];
+        live = live & is_finite(x[i]);
+      }
+      if (live) return;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(x[i]) & exists(i) ? x[i] : minus_infinity();
     } else {
       make_scores(x);
     }
   }
   __device__ __forceinline__ void make_scores(const float (&x)[kPerLane]) {
     float bias[kPerLane];  // asked for before the logits are there
+    if (kKeys == RouteKeys::kGrouped && args.vector_bias) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      bias[i] = args.bias && exists(i) ? __ldg(args.bias + first_expert() + i * kStep) : 0.0f;
-    bool far = false;
-    float finite[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      finite[i] = is_finite(x[i]) ? x[i] : 0.0f;
-      far = far || fabsf(finite[i]) > -kNearest;
-    }
-    far = __any_sync(dev::kWholeWarp, far);
-    // Scores of all, so that they overlap, and then the choice.
-    float score[kPerLane];
-    if (args.scoring != Scoring::kSigmoid) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) score[i] = finite[i];
-    } else if (!far) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) score[i] = sigmoid_near(finite[i]);
+      for (int i = 0; i < kPerLane; i += 4) {
+        const float4 four =
+            exists(i) ? __ldg(reinterpret_cast<const float4*>(args.bias + first_expert() + i)) : float4{};
+        bias[i] = four.x, bias[i + 1] = four.y, bias[i + 2] = four.z, bias[i + 3] = four.w;
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) score[i] = dev::sigmoid(finite[i]);
+      for (int i = 0; i < kPerLane; ++i)
+        bias[i] = args.bias && exists(i) ? __ldg(args.bias + first_expert() + i * kStep) : 0.0f;
     }
+    // Most tokens have finite logits near 0, where nothing has to be looked at expert by expert.
+    bool near = true;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const bool live = is_finite(x[i]) & is_finite(bias[i]) & exists(i);
-      key[i] = live ? score[i] + bias[i] : minus_infinity();
+    for (int i = 0; i < kPerLane; ++i) near = near & (fabsf(x[i]) <= -kNearest);
+    if (__all_sync(dev::kWholeWarp, near)) {
+      bool live = every_expert_exists();
+      if (args.scoring == Scoring::kSigmoid) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) score[i] = sigmoid_near(x[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) score[i] = x[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        key[i] = score[i] + bias[i];
+        live = live & is_finite(key[i]);  // as the bias is
+      }
+      if (live) return;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) key[i] = is_finite(key[i]) & exists(i) ? key[i] : minus_infinity();
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const bool live = is_finite(x[i]) & is_finite(bias[i]) & exists(i);
+        score[i] = args.scoring == Scoring::kSigmoid ? dev::sigmoid(x[i]) : x[i];
+        key[i] = live ? score[i] + bias[i] : minus_infinity();
+      }
     }
   }
 
@@ -172,13 +208,14 @@ struct PackedRouter {
 
   // Phase 3: keys outside the best groups leave the race.
   __device__ __forceinline__ void keep_best_groups() {
-    const int lanes = args.lanes_per_group, group = sub / lanes;
-    float first = minus_infinity(), second = minus_infinity();
+    const int lanes = 1 << args.log2_group_lanes, group = sub >> args.log2_group_lanes;
+    float first = key[0], second = minus_infinity();
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
+    for (int i = 1; i < kPerLane; ++i) {
       second = fmaxf(second, fminf(first, key[i]));
       first = fmaxf(first, key[i]);
     }
+    largest = first;
     for (int step = 1; step < lanes; step *= 2) {
       const float other_first = __shfl_xor_sync(dev::kWholeWarp, first, step);
       const float other_second = __shfl_xor_sync(dev::kWholeWarp, second, step);
@@ -187,20 +224,16 @@ struct PackedRouter {
     }
     const bool sum_of_two = args.group_score == GroupScore::kTop2Sum && args.group_size > 1;
     const float rank = sum_of_two ? first + second : first;
+    // Each of the group's lanes counts among its share of the groups.
     int better = 0;
-    auto count_better = [&](int g) {
-      const float other = __shfl_sync(dev::kWholeWarp, rank, g * lanes, kLanes);
-      better += (other > rank) | ((other == rank) & (g < group));
-    };
-    if (args.num_groups == 8) {  // DeepSeek's: the shuffles overlap
-#pragma unroll
-      for (int g = 0; g < 8; ++g) count_better(g);
-    } else {
-#pragma unroll 1
-      for (int g = 0; g < args.num_groups; ++g) count_better(g);
+#pragma unroll 2
+    for (int begin = 0; begin < args.num_groups; begin += lanes) {
+      const int g = begin + (sub & (lanes - 1));
+      const float other = __shfl_sync(dev::kWholeWarp, rank, g << args.log2_group_lanes, kLanes);
+      better += (g < args.num_groups) & ((other > rank) | ((other == rank) & (g < group)));
     }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) key[i] = better < args.topk_groups ? key[i] : minus_infinity();
+    for (int step = 1; step < lanes; step *= 2) better += __shfl_xor_sync(dev::kWholeWarp, better, step);
+    kept = better < args.topk_groups;
   }
 
   // A number that at least k keys of the token reach, or the least finite one.
@@ -209,9 +242,14 @@ struct PackedRouter {
     float column[kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
-      column[c] = key[c];
+      if constexpr (kKeys == RouteKeys::kGrouped && kOwn == 1) {
+        column[c] = largest;
+      } else {
+        column[c] = key[c];
 #pragma unroll
-      for (int i = c + kOwn; i < kPerLane; i += kOwn) column[c] = fmaxf(column[c], key[i]);
+        for (int i = c + kOwn; i < kPerLane; i += kOwn) column[c] = fmaxf(column[c], key[i]);
+      }
+      if (!kept) column[c] = minus_infinity();
     }
     if constexpr (kLanes == 32) column[0] = fmaxf(column[0], __shfl_xor_sync(dev::kWholeWarp, column[0], 16));
     if (sub < 16) {
@@ -219,48 +257,52 @@ struct PackedRouter {
       for (int c = 0; c < kOwn; ++c) scratch.columns[c * kLanes + sub] = column[c];
     }
     __syncwarp();
-    int reached_by[kOwn] = {};
+    // Counted in floats, where a comparison gives what is added. Two of 32 lanes have the same column: each
+    // compares it with half of them.
+    constexpr int kShare = kLanes == 32 ? kColumns / 2 : kColumns;
+    const float* others = scratch.columns + (kLanes == 32 ? sub / 16 * kShare : 0);
+    float reached_by[kOwn] = {};
 #pragma unroll
-    for (int j = 0; j < kColumns; j += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(scratch.columns + j);
+    for (int j = 0; j < kShare; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(others + j);
 #pragma unroll
-      for (int c = 0; c < kOwn; ++c)
-        reached_by[c] +=
-            (four.x >= column[c]) + (four.y >= column[c]) + (four.z >= column[c]) + (four.w >= column[c]);
+      for (int c = 0; c < kOwn; ++c) {
+        reached_by[c] += four.x >= column[c] ? 1.0f : 0.0f;
+        reached_by[c] += four.y >= column[c] ? 1.0f : 0.0f;
+        reached_by[c] += four.z >= column[c] ? 1.0f : 0.0f;
+        reached_by[c] += four.w >= column[c] ? 1.0f : 0.0f;
+      }
     }
+    if constexpr (kLanes == 32) reached_by[0] += __shfl_xor_sync(dev::kWholeWarp, reached_by[0], 16);
     float best = -3.402823466e38f;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c)
-      if (reached_by[c] >= args.top_k) best = fmaxf(best, column[c]);
+      if (reached_by[c] >= static_cast<float>(args.top_k)) best = fmaxf(best, column[c]);
     __syncwarp();  // columns may be overwritten
     return max_over_lanes<kLanes>(best);
   }
 
-  // What candidate e is ordered by, and what its weight will be made of.
-  __device__ __forceinline__ void list_candidate(int place, int e) {
-    const float x = load_logit(args, t, e);
-    float value = x, by = x;
-    if constexpr (kKeys != RouteKeys::kLogit) {
-      value = args.scoring == Scoring::kSigmoid ? dev::sigmoid(x) : x;
-      by = value + (args.bias ? __ldg(args.bias + e) : 0.0f);
-    }
-    scratch.keys[place] = packed_key(by, e);
-    scratch.values[place] = value;
+  // How many of candidates j, ..., j + 3 come before expert e with key `mine`.
+  __device__ __forceinline__ int better_of_four(int j, float mine, int e) const {
+    const float4 keys = *reinterpret_cast<const float4*>(scratch.keys + j);
+    const int4 ids = *reinterpret_cast<const int4*>(scratch.ids + j);
+    const auto better = [&](float key, int id) { return (key > mine) | ((key == mine) & (id < e)); };
+    return better(keys.x, ids.x) + better(keys.y, ids.y) + better(keys.z, ids.z) + better(keys.w, ids.w);
   }
 
-  __device__ __forceinline__ void choose(int slot, int e, float value) {
-    scratch.chosen_id[slot] = e;
-    scratch.chosen_value[slot] = value;
+  // Candidate c gets the slot.
+  __device__ __forceinline__ void choose(int slot, int c) {
+    scratch.chosen_id[slot] = scratch.ids[c];
+    scratch.chosen_value[slot] = kKeys == RouteKeys::kLogit ? scratch.keys[c] : scratch.values[c];
   }
 
   // Phase 4: the k largest into scratch.chosen_*; returns how many there are.
   __device__ __forceinline__ int select() {
-    const float least = bound();
-    unsigned mask = 0;
+    float least = bound();
+    if (!kept) least = -minus_infinity();
+    int own = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (key[i] >= least) mask |= 1u << i;
-    const int own = __popc(mask);
+    for (int i = 0; i < kPerLane; ++i) own += key[i] >= least;
     int end = own;  // of the lane's candidates in the list
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -268,17 +310,40 @@ struct PackedRouter {
       if (sub >= distance) end += below;
     }
     const int count = __shfl_sync(dev::kWholeWarp, end, kLanes - 1, kLanes);
+    if (sub < kMaxPackedSlots) scratch.chosen_value[sub] = 0.0f;
+    if (kLanes < kMaxPackedSlots) scratch.chosen_value[kLanes + sub] = 0.0f;
     if (__any_sync(dev::kWholeWarp, count > kMaxCandidates)) return select_by_slot();
 
-    for (int place = end - own; mask != 0; mask &= mask - 1)
-      list_candidate(place++, first_expert() + (__ffs(static_cast<int>(mask)) - 1) * kStep);
+    const int first = first_expert();
+    int place = end - own;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool listed = key[i] >= least;
+      const int at = listed ? place : kNowhere;  // stores without branches
+      scratch.keys[at] = key[i];
+      scratch.ids[at] = first + i * kStep;
+      if constexpr (kKeys != RouteKeys::kLogit) scratch.values[at] = score[i];
+      place += listed;
+    }
+    if (sub < kFewCandidates) scratch.keys[count + sub] = minus_infinity();
+    if (kLanes < kFewCandidates) scratch.keys[count + kLanes + sub] = minus_infinity();
     __syncwarp();
-    for (int c = sub; c < count; c += kLanes) {
-      const std::uint64_t mine = scratch.keys[c];
-      int larger = 0;
-#pragma unroll 4
-      for (int j = 0; j < count; ++j) larger += scratch.keys[j] > mine;
-      if (larger < args.top_k) choose(larger, packed_expert(mine), scratch.values[c]);
+    if (kLanes == 32 && count <= kFewCandidates) {  // two lanes for each of them
+      const int c = sub % kFewCandidates, half = sub / kFewCandidates * (kFewCandidates / 2);
+      const float mine = scratch.keys[c];
+      const int e = scratch.ids[c];
+      int better = better_of_four(half, mine, e) + better_of_four(half + 4, mine, e);
+      better += __shfl_xor_sync(dev::kWholeWarp, better, kFewCandidates);
+      if (sub < count && better < args.top_k) choose(better, c);
+    } else {
+      for (int c = sub; c < count; c += kLanes) {
+        const float mine = scratch.keys[c];
+        const int e = scratch.ids[c];
+        int better = 0;
+#pragma unroll 2
+        for (int j = 0; j < count; j += 4) better += better_of_four(j, mine, e);
+        if (better < args.top_k) choose(better, c);
+      }
     }
     return min(count, args.top_k);
   }
@@ -293,7 +358,7 @@ struct PackedRouter {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const std::uint64_t packed = packed_key(key[i], first_expert() + i * kStep);
-        if (key[i] > minus_infinity() && packed < previous && packed > best) best = packed;
+        if (kept && key[i] > minus_infinity() && packed < previous && packed > best) best = packed;
       }
 #pragma unroll
       for (int step = kLanes / 2; step > 0; step /= 2) {
@@ -303,9 +368,11 @@ struct PackedRouter {
       if (best == 0) continue;
       const int e = packed_expert(best);
       const float x = load_logit(args, t, e);
-      if (sub == 0)
-        choose(slot, e,
-               kKeys != RouteKeys::kLogit && args.scoring == Scoring::kSigmoid ? dev::sigmoid(x) : x);
+      if (sub == 0) {
+        scratch.chosen_id[slot] = e;
+        scratch.chosen_value[slot] =
+            kKeys != RouteKeys::kLogit && args.scoring == Scoring::kSigmoid ? dev::sigmoid(x) : x;
+      }
       previous = best;
       ++chosen;
     }
@@ -335,9 +402,13 @@ struct PackedRouter {
           if (pass * kLanes + sub < chosen) scratch.chosen_value[pass * kLanes + sub] = score[pass];
         __syncwarp();
       }
-      float divisor = 0.0f;
-#pragma unroll 8
-      for (int slot = 0; slot < chosen; ++slot) divisor += scratch.chosen_value[slot];
+      float divisor = 0.0f;  // slots behind the chosen ones hold zeros
+#pragma unroll
+      for (int slot = 0; slot < kMaxPackedSlots; slot += 4) {
+        if (slot >= args.top_k) break;
+        const float4 four = *reinterpret_cast<const float4*>(scratch.chosen_value + slot);
+        divisor = divisor + four.x + four.y + four.z + four.w;
+      }
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) score[pass] = score[pass] / (divisor + 1e-20f);
     }

@@ -29,8 +29,9 @@ inline RoutePlanPolicy fused_route_plan_policy(const RoutePlanProblem& p) {
   const std::int64_t expert_threads = (p.plan.num_experts + 31) / 32 * 32;
   const auto threads =
       static_cast<int>(std::clamp<std::int64_t>(expert_threads, 32 * num_tokens, kRoutePlanMaxThreads));
-  return {
-      .fused = 1, .per_lane = route.per_lane, .plan = {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1}};
+  return {.fused = 1,
+          .per_lane = route.per_lane,
+          .plan = {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 1}};
 }
 
 inline RoutePlanPolicy select_route_plan_policy(const RoutePlanProblem& p) {

@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -51,6 +52,9 @@ class DeviceGuard {
  private:
   int previous_ = -1;
 };
+
+/// Blocks that a grid may have in y.
+inline constexpr std::int64_t kMaxGridY = 65535;
 
 struct LaunchConfig {
   dim3 grid{1};

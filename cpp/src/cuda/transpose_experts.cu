@@ -79,7 +79,7 @@ void transpose_experts(const TransposeProblem& p, const ExecContext& ctx) {
                            .cols = p.cols,
                            .tile_cols = tile_cols,
                            .tiles = tile_cols * ((p.rows + kTile - 1) / kTile)};
-  constexpr std::int64_t kMaxGridX = 0x7FFFFFFF, kMaxGridY = 65535;
+  constexpr std::int64_t kMaxGridX = 0x7FFFFFFF;
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(std::min(args.tiles, kMaxGridX)),
                                          static_cast<unsigned>(std::min(p.num_experts, kMaxGridY))),
                             .block = dim3(kTile, kRows),

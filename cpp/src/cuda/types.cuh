@@ -1,5 +1,5 @@
 #pragma once
-// DType -> CUDA element type.
+// DType -> CUDA element type, and loads whose type is known at run time.
 
 #include "cuda/device/convert.cuh"
 #include "moecore/dtype.h"
@@ -28,5 +28,18 @@ struct CudaType<DType::kE4M3> {
 
 template <DType D>
 using cuda_t = typename CudaType<D>::type;
+
+/// Element i of an array of f32, f16 or bf16.
+template <class Index>
+__device__ __forceinline__ float load_f32(const void* p, DType dtype, Index i) {
+  switch (dtype) {
+    case DType::kF16:
+      return dev::to_f32(static_cast<const __half*>(p)[i]);
+    case DType::kBF16:
+      return dev::to_f32(static_cast<const __nv_bfloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
 
 }  // namespace moecore::cuda

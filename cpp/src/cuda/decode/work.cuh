@@ -6,8 +6,8 @@
 
 #include "cuda/decode/args.h"
 #include "cuda/decode/ptx.cuh"
-#include "cuda/device/convert.cuh"
 #include "cuda/device/local_expert.cuh"
+#include "cuda/types.cuh"
 
 namespace moecore::cuda::decode {
 
@@ -77,14 +77,7 @@ __device__ inline int expert_of(const DecodeArgs& args, int route) {
 __device__ inline float router_weight(const DecodeArgs& args, int route) {
   const int t = static_cast<int>(args.by_top_k.divide(route));
   const std::int64_t i = t * args.router_weights_stride + (route - t * args.top_k);
-  switch (args.router_weight_dtype) {
-    case DType::kF16:
-      return dev::to_f32(static_cast<const __half*>(args.router_weights)[i]);
-    case DType::kBF16:
-      return dev::to_f32(static_cast<const __nv_bfloat16*>(args.router_weights)[i]);
-    default:
-      return static_cast<const float*>(args.router_weights)[i];
-  }
+  return load_f32(args.router_weights, args.router_weight_dtype, i);
 }
 
 /// Columns of out that belong to the blocks before `block`.

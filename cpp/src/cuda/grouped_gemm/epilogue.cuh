@@ -10,6 +10,7 @@
 
 #include "cuda/device/convert.cuh"
 #include "cuda/grouped_gemm/args.h"
+#include "cuda/types.cuh"
 
 namespace moecore::cuda {
 
@@ -73,14 +74,7 @@ __device__ __forceinline__ unsigned pack_pair<__half>(float low, float high) {
 /// Router weight of a row of out, 1 without one.
 __device__ __forceinline__ float row_weight(const EpilogueArgs& args, int row) {
   if (!args.row_weights) return 1.0f;
-  switch (args.row_weight_dtype) {
-    case DType::kF16:
-      return dev::to_f32(static_cast<const __half*>(args.row_weights)[row]);
-    case DType::kBF16:
-      return dev::to_f32(static_cast<const __nv_bfloat16*>(args.row_weights)[row]);
-    default:
-      return static_cast<const float*>(args.row_weights)[row];
-  }
+  return load_f32(args.row_weights, args.row_weight_dtype, row);
 }
 
 /// Bias of one weight row of an expert, 0 without one.

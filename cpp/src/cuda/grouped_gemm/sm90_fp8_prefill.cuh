@@ -89,10 +89,15 @@ struct Fp8PrefillLoop {
                                                  typename Engine::Ring& at) {
     // One value for all lanes: descriptors then take the uniform registers' instructions.
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (work.tile.rows > 64)
+    if (work.tile.rows > warpgroup * 64) {
       Part<Engine, kWeightRows>(engine, work.tile, warpgroup * 64, 0).compute(work, at);
-    else
-      Part<Engine, kWeightRows / 2>(engine, work.tile, 0, warpgroup * (kWeightRows / 2)).compute(work, at);
+      return;
+    }
+    for (int k = work.begin; k < work.end; ++k) {
+      barrier_wait(&engine.s.full[at.stage], at.phase);
+      if (threadIdx.x % 32 == 0) barrier_arrive(&engine.s.empty[at.stage]);
+      at.advance();
+    }
   }
 
  private:
@@ -108,7 +113,7 @@ struct Fp8PrefillLoop {
     __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
       auto& s = engine_.s;
       float d[kSums] = {}, p[kSums];
-#pragma unroll 2
+#pragma unroll 4
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.full[at.stage], at.phase);
         const Scales scales(s.extra[at.stage], token(), first_row_);
