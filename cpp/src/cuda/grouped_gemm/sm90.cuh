@@ -51,6 +51,7 @@
 #include "cuda/device/ptx.cuh"
 #include "cuda/grouped_gemm/epilogue.cuh"
 #include "cuda/grouped_gemm/sm90.h"
+#include "cuda/grouped_gemm/sm90_maps.h"
 #include "cuda/grouped_gemm/sm90_ptx.cuh"
 #include "cuda/grouped_gemm/sm90_quantized_store.cuh"
 #include "cuda/grouped_gemm/tiles.cuh"
@@ -60,7 +61,6 @@ namespace moecore::cuda::sm90 {
 
 inline constexpr int kGatherThreads = 96;
 inline constexpr int kGatherRows = kGatherThreads / 8;  // eight 16-byte pieces make a row of a step
-inline constexpr int kBufferBytes = 2048;               // 16 tokens x 64 columns or 32 x 32
 
 /// A tile, or the steps [begin, end) of it.
 struct Work {
@@ -77,7 +77,10 @@ struct Smem {
 
   alignas(1024) std::byte weights[kConfig.stages][kWeightBytes];
   alignas(1024) std::byte tokens[kConfig.stages][Loop::kTokenLines][kTokenLineBytes];
-  std::byte buffer[kConfig.warpgroups][2][kBufferBytes];
+  // 16 tokens x 64 columns or 32 x 32; where tokens are the operand of rows, half of a warpgroup's part.
+  static constexpr int kBufferBytes =
+      kConfig.tokens_are_rows() ? 32 * kConfig.rows() * static_cast<int>(sizeof(typename Loop::Out)) : 2048;
+  alignas(1024) std::byte buffer[kConfig.warpgroups][2][kBufferBytes];
   [[no_unique_address]] typename Loop::template Extra<kConfig.max_tokens> extra[kConfig.stages];
   // Where the rows of a tile stand in x: here for wide tiles, so that a thread of few registers copies four
   // of them at a time, else with the threads that copy them.
@@ -142,6 +145,7 @@ struct SwapAb {
                 (kWarpgroups <= StreamK::kMaxWarpgroups && kTileRows * kMaxTokens <= StreamK::kSlotFloats));
 
   Shared& s;
+  const Maps& maps;
   const GroupedGemmArgs& args;
   const StreamK& stream_k;
   const bool boxes;             // token rows come by the copy engine
@@ -186,8 +190,7 @@ struct SwapAb {
   };
 
   // ---- the warp that copies
-  __device__ __forceinline__ void copy_boxes(const CUtensorMap& weights, const CUtensorMap& x,
-                                             bool evict_weights) {
+  __device__ __forceinline__ void copy_boxes(bool evict_weights) {
     const bool leader = threadIdx.x % 32 == 0;
     Queue queue(*this);
     Ring at;
@@ -210,8 +213,8 @@ struct SwapAb {
           if (k == work.begin) s.work[at.stage] = work;
           barrier_arrive_expect(
               full, Shared::kWeightBytes + token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes));
-          copy_weight_rows(weights, tile, k, s.weights[at.stage], full, evict_weights);
-          if (token_boxes > 0) copy_token_rows(x, tile, k, token_boxes, s.tokens[at.stage], full);
+          copy_weight_rows(maps.weights, tile, k, s.weights[at.stage], full, evict_weights);
+          if (token_boxes > 0) copy_token_rows(maps.x, tile, k, token_boxes, s.tokens[at.stage], full);
         }
         __syncwarp();
         at.advance();
@@ -252,6 +255,24 @@ struct SwapAb {
       for (int b = 0; b < boxes; ++b)
         copy_box(to[line] + b * (kBoxTokens * kLineBytes), &map, full,
                  (step * Loop::kTokenLines + line) * kLineElements, tile.row + b * kBoxTokens);
+  }
+
+  // ---- the warp that brings what a step needs beside its boxes
+  __device__ __forceinline__ void copy_extras() {
+    Queue queue(*this);
+    Ring at;
+    for (;;) {
+      const Work work = queue.pop();
+      const bool last = work.tile.rows == 0;
+      typename Loop::template Gather<SwapAb> extra(*this, work, threadIdx.x % 32);
+      for (int k = work.begin; k < (last ? work.begin + 1 : work.end); ++k) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        if (!last) extra.copy(at.stage, k);
+        barrier_arrive_after_copies(&s.full[at.stage]);
+        at.advance();
+      }
+      if (last) return;
+    }
   }
 
   // ---- the gathering warps: thread t brings piece t % 8 of every line of rows t / 8, t / 8 + 12, ... of
@@ -362,12 +383,13 @@ struct SwapAb {
     for (;;) {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
-      if (work.tile.rows == 0) return;
+      if (work.tile.rows == 0) break;
       if constexpr (kTokensAreRows)
         Loop::compute(*this, work, at);
       else
         compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
     }
+    if constexpr (kTokensAreRows) Loop::settle();
   }
 
   /// The narrowest of the widths that holds the tile.
@@ -525,18 +547,18 @@ struct SwapAb {
 
 template <class Loop, class Form, Tiling kTiling>
 __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(), 1)
-    swap_ab_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap x,
-                   const __grid_constant__ GroupedGemmArgs args, const __grid_constant__ StreamK stream_k,
-                   const bool boxes, const bool evict_weights) {
+    swap_ab_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GroupedGemmArgs args,
+                   const __grid_constant__ StreamK stream_k, const bool boxes, const bool evict_weights) {
   using Engine = SwapAb<Loop, Form, kTiling>;
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<Smem<Loop, kTiling>*>(raw);
   if (threadIdx.x == 0) {
-    prefetch_map(&weights);
-    if (Engine::kBoxTokens > 0 && boxes) prefetch_map(&x);
+    prefetch_map(&maps.weights);
+    if (Engine::kBoxTokens > 0 && boxes) prefetch_map(&maps.x);
+    if (Engine::kTokensAreRows) prefetch_map(&maps.out);
     for (int i = 0; i < kConfig.stages; ++i) {
-      barrier_init(&s.full[i], 1 + kGatherThreads);
+      barrier_init(&s.full[i], 1 + (Engine::kTokensAreRows ? 32 : kGatherThreads));
       barrier_init(&s.empty[i], Engine::kConsumerWarps);
     }
     barrier_init_fence();
@@ -549,6 +571,7 @@ __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(),
   __syncthreads();
 
   Engine engine{s,
+                maps,
                 args,
                 stream_k,
                 Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes),
@@ -559,11 +582,14 @@ __global__ void __launch_bounds__(tile_config(Loop::kFamily, kTiling).threads(),
     give_registers<Engine::kProducerRegisters>();
     if (threadIdx.x < (Engine::kConsumerWarps + 1) * 32) {
       if (engine.boxes) dev::wait_for_predecessor();
-      engine.copy_boxes(weights, x, evict_weights);
+      engine.copy_boxes(evict_weights);
     } else {
       dev::wait_for_predecessor();
       dev::release_successor();  // not before: whoever follows may rely on what preceded this kernel
-      engine.gather_tokens();
+      if constexpr (!Engine::kTokensAreRows)
+        engine.gather_tokens();
+      else if (threadIdx.x < (Engine::kConsumerWarps + 2) * 32)
+        engine.copy_extras();
     }
   } else {
     take_registers<Engine::kConsumerRegisters>();

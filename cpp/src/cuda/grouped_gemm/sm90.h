@@ -53,7 +53,7 @@ inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
      {.name = "prefill",
       .max_tokens = 128,
-      .stages = 5,
+      .stages = 4,
       .stream_k = false,
       .box_tokens = 64,
       .weight_columns = 192,
@@ -98,8 +98,8 @@ struct StreamK {
   float* sums = nullptr;                // [blocks, kSlotFloats]
 };
 
-/// What a kernel is launched with: (tensor maps of weights and of x, args, stream_k, boxes, evict_weights).
-/// `boxes`: the rows of x are those of out, and come by the map of x.
+/// What a kernel is launched with: (Maps, args, stream_k, boxes, evict_weights). `boxes`: the rows of x are
+/// those of out, and come by the map of x.
 struct Kernel {
   const void* function;
   std::size_t smem_bytes;

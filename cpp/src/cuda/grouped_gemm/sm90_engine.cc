@@ -1,13 +1,12 @@
 // The host side of the Hopper engine: what it can take, the tensor map of the weights, the launch.
 
-#include <cuda.h>
-
 #include <algorithm>
 #include <cstdio>
 
 #include "cuda/grouped_gemm/engines.h"
 #include "cuda/grouped_gemm/policy.h"
 #include "cuda/grouped_gemm/prepare_x.h"
+#include "cuda/grouped_gemm/sm90_maps.h"
 #include "cuda/has_sm90.h"
 #include "cuda/policy_override.h"
 #include "ops/permute.h"
@@ -194,6 +193,17 @@ CUtensorMap x_map(const GroupedGemmArgs& args, std::int64_t rows, DType dtype, s
                     CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+/// Out as a warp of such tiles stores it: dimensions (columns, rows), a box 32 columns of 16 rows, 64 where a
+/// tile's weight rows are columns of out one by one.
+CUtensorMap out_map(const GroupedGemmProblem& p) {
+  const cuuint64_t columns = gated(p) ? p.n / 2 : p.n;
+  const cuuint64_t dims[] = {columns, static_cast<cuuint64_t>(p.num_rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(p.out_stride) * 2};
+  const cuuint32_t box[] = {gated(p) ? 32u : 64u, 16};
+  return encode_map(element_type(p.dtype), p.out, dims, strides, box,
+                    gated(p) ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
 /// The weight rows of a tile for one step of K, in units of `elements` codes (fp4 counts bytes).
 ///   plain: dimensions (K, N, 1, 1, E), one box (step, rows, 1, 1, 1).
 ///   gated: dimensions (K, 8b, 2, I/8b, E), a box (step, 8, 2, rows/16b, 1) for each of b blocks: eight gate
@@ -255,7 +265,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   const sm90::Policy policy = policy_for(p, device, ctx);
   const sm90::Kernel kernel = kernel_for(p, policy);
   const sm90::TileConfig config = policy.tiles();
-  CUtensorMap weights = weight_map(p, policy.family, config);
+  sm90::Maps maps{.weights = weight_map(p, policy.family, config)};
   GroupedGemmArgs args = device_args(p);
   args.tiles = {.max_tokens = policy.max_tokens,
                 .token_step = config.token_step(),
@@ -289,7 +299,8 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
     workspace += copy.out_rows * p.k;
   }
   bool boxes = ordered && config.box_tokens > 0 && args.x_stride >= args.k;
-  CUtensorMap x = boxes ? x_map(args, x_rows, p.dtype, policy.family, config) : CUtensorMap{};
+  if (boxes) maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
+  if (config.tokens_are_rows()) maps.out = out_map(p);
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
   sm90::StreamK stream_k;
   if (policy.stream_k) {
@@ -305,7 +316,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
                                    .smem_bytes = kernel.smem_bytes,
                                    .stream = stream(ctx),
                                    .dependent = true};
-  void* pointers[] = {&weights, &x, &args, &stream_k, &boxes, &evict_weights};
+  void* pointers[] = {&maps, &args, &stream_k, &boxes, &evict_weights};
   launch_kernel("grouped_gemm", device, launch_config, kernel.function, pointers);
 }
 

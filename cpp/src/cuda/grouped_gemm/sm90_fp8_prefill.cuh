@@ -8,8 +8,10 @@
 // 970 here, of 770 in the tensor cores. Scales are read before the products begin, so that a stage is free as
 // soon as the products are there, not only after their addition.
 //
-// Rows come as boxes only, so they must stand in order. A tile of at most 64 tokens is shared the other way:
-// both warpgroups have all of its tokens and half of its weight rows each.
+// Rows come as boxes only, so they must stand in order. A warp leaves its 16 tokens of a tile in shared
+// memory and has the copy engine store them beside the next tile; the rows of a tile's last 16 that are not
+// all there, it stores itself. A warpgroup whose tokens lie behind the tile's end steps through the ring: to
+// give it half of the weight rows of the other's tokens instead is 1 to 4 % slower.
 
 #include "cuda/grouped_gemm/sm90.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
@@ -37,23 +39,23 @@ struct Fp8PrefillLoop {
     float weights[kBlockScales ? 2 * kRuns : 0];
   };
 
-  /// Thread t copies the scales of tokens t and t + 96, and the t-th of the weights.
+  /// Lane l copies the scales of tokens l, l + 32, ..., and the l-th of the weights.
   template <class Engine>
   class Gather {
    public:
-    __device__ Gather(const Engine& engine, const Work& work, int thread) : engine_(engine), thread_(thread) {
+    __device__ Gather(const Engine& engine, const Work& work, int lane) : engine_(engine), lane_(lane) {
       if constexpr (kBlockScales) {
         const ScaleArgs &x = engine.args.x_scales, &w = engine.args.weight_scales;
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
-          if (const int token = thread + i * kGatherThreads; token < work.tile.rows)
+          if (const int token = lane + i * 32; token < work.tile.rows)
             token_[i] = x.data + engine.x_row(work.tile, token) * x.row_pitch + work.begin * x.col_pitch;
-        if (thread < (kGated ? 2 : 1) * kRuns) {
+        if (work.tile.rows > 0 && lane < (kGated ? 2 : 1) * kRuns) {
           const EpilogueArgs& e = engine.args.epilogue;
-          const int run = kGated ? thread / 2 : thread;
+          const int run = kGated ? lane / 2 : lane;
           const int column = min(e.columns - 1, work.tile.weight_tile * Engine::kTileColumns +
                                                     run * (Engine::kTileColumns / kRuns));
-          const int first = (thread % 2 == 0) != e.swapped ? e.gate_first : e.up_first;
+          const int first = (lane % 2 == 0) != e.swapped ? e.gate_first : e.up_first;
           const int row = kGated ? first + column * e.row_step : column;
           weight_ =
               w.data + work.tile.expert * w.expert_pitch + row / 128 * w.row_pitch + work.begin * w.col_pitch;
@@ -66,11 +68,11 @@ struct Fp8PrefillLoop {
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
           if (token_[i]) {
-            copy_4(smem_address(&to.tokens[thread_ + i * kGatherThreads]), token_[i], 4);
+            copy_4(smem_address(&to.tokens[lane_ + i * 32]), token_[i], 4);
             token_[i] += engine_.args.x_scales.col_pitch;
           }
         if (weight_) {
-          copy_4(smem_address(&to.weights[thread_]), weight_, 4);
+          copy_4(smem_address(&to.weights[lane_]), weight_, 4);
           weight_ += engine_.args.weight_scales.col_pitch;
         }
       }
@@ -78,9 +80,9 @@ struct Fp8PrefillLoop {
 
    private:
     static constexpr bool kGated = Engine::Form::kGated;
-    static constexpr int kTokens = (Engine::kMaxTokens + kGatherThreads - 1) / kGatherThreads;
+    static constexpr int kTokens = Engine::kMaxTokens / 32;
     const Engine& engine_;
-    const int thread_;
+    const int lane_;
     const std::byte *token_[kTokens] = {}, *weight_ = nullptr;  // of the step
   };
 
@@ -90,7 +92,7 @@ struct Fp8PrefillLoop {
     // One value for all lanes: descriptors then take the uniform registers' instructions.
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (work.tile.rows > warpgroup * 64) {
-      Part<Engine, kWeightRows>(engine, work.tile, warpgroup * 64, 0).compute(work, at);
+      Part<Engine>(engine, work.tile, warpgroup).compute(work, at);
       return;
     }
     for (int k = work.begin; k < work.end; ++k) {
@@ -100,15 +102,19 @@ struct Fp8PrefillLoop {
     }
   }
 
+  /// Behind the last tile.
+  static __device__ __forceinline__ void settle() {
+    if (threadIdx.x % 32 == 0) wait_for_stores();
+  }
+
  private:
-  /// What a warpgroup has of a tile: 64 tokens and kRows weight rows. Thread (warp w, lane l) of it holds
-  /// tokens 16w + l/4 (and + 8) of weight rows 8g + 2(l%4) (and + 1): d[4g], d[4g + 1] and, eight tokens
-  /// down, d[4g + 2], d[4g + 3].
-  template <class Engine, int kRows>
+  /// What a warpgroup has of a tile: 64 tokens. Thread (warp w, lane l) of it holds tokens 16w + l/4 (and +
+  /// 8) of weight rows 8g + 2(l%4) (and + 1): d[4g], d[4g + 1] and, eight tokens down, d[4g + 2], d[4g + 3].
+  template <class Engine>
   class Part {
    public:
-    __device__ __forceinline__ Part(const Engine& engine, const Tile& tile, int first_token, int first_row)
-        : engine_(engine), tile_(tile), first_token_(first_token), first_row_(first_row) {}
+    __device__ __forceinline__ Part(const Engine& engine, const Tile& tile, int warpgroup)
+        : engine_(engine), tile_(tile), warpgroup_(warpgroup) {}
 
     __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
       auto& s = engine_.s;
@@ -116,41 +122,40 @@ struct Fp8PrefillLoop {
 #pragma unroll 4
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.full[at.stage], at.phase);
-        const Scales scales(s.extra[at.stage], token(), first_row_);
+        const Scales scales(s.extra[at.stage], token());
         const int stage = __shfl_sync(~0u, at.stage, 0);
-        const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + first_token_ * kLineBytes);
-        const std::uint64_t weights = tile_descriptor(s.weights[stage] + first_row_ * kLineBytes);
+        const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + warpgroup_ * 64 * kLineBytes);
+        const std::uint64_t weights = tile_descriptor(s.weights[stage]);
         wgmma_fence();
-        Wgmma<E4m3Codes, kRows>::template op<false>(p, tokens, weights);
+        Wgmma<E4m3Codes, kWeightRows>::template op<false>(p, tokens, weights);
 #pragma unroll
         for (int kk = 1; kk < kLineBytes / 32; ++kk)
-          Wgmma<E4m3Codes, kRows>::op(p, tokens + kk * 2, weights + kk * 2);
+          Wgmma<E4m3Codes, kWeightRows>::op(p, tokens + kk * 2, weights + kk * 2);
         wgmma_commit();
         wgmma_wait<0>();
         if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
         at.advance();
         scales.add(p, d);
       }
+      if (threadIdx.x % 32 == 0) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
       finish(d);
       store(d);
     }
 
    private:
     static constexpr bool kGated = Engine::Form::kGated;
-    static constexpr int kSums = kRows / 2, kGroups = kRows / 8;
-    static constexpr int kColumns = kGated ? kRows / 2 : kRows;  // of out
+    static constexpr int kSums = kWeightRows / 2, kGroups = kWeightRows / 8;
 
     /// The scales of a step that a thread's sums need.
     class Scales {
      public:
       template <class Extra>
-      __device__ __forceinline__ Scales(const Extra& extra, int token, int first_row) {
+      __device__ __forceinline__ Scales(const Extra& extra, int token) {
         if constexpr (kBlockScales) {
           tokens_[0] = extra.tokens[token];
           tokens_[1] = extra.tokens[token + 8];
 #pragma unroll
-          for (int i = 0; i < kRuns * kEights; ++i)
-            weights_[i] = extra.weights[(first_row + i / kEights * kRunRows) / 64 * kEights + i % kEights];
+          for (int i = 0; i < kRuns * kEights; ++i) weights_[i] = extra.weights[i];
         }
       }
       /// d += p times the scales.
@@ -174,21 +179,20 @@ struct Fp8PrefillLoop {
       }
 
      private:
-      static constexpr int kEights = kGated ? 2 : 1, kRunRows = kRows / kRuns, kRunSums = kRunRows / 2;
-      static_assert(64 % kRunRows == 0);
+      static constexpr int kEights = kGated ? 2 : 1, kRunSums = kSums / kRuns;
       float tokens_[2], weights_[kRuns * kEights];
     };
 
     /// The first of this thread's two tokens.
     __device__ __forceinline__ int token() const {
-      return first_token_ + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+      return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     }
-    /// Of this warp.
+    /// Of this warp: 16 tokens of kWeightRows columns.
     __device__ __forceinline__ std::byte* buffer() const {
-      static_assert(sizeof(engine_.s.buffer) >= Engine::kConsumerWarps * kWarpBytes);
+      constexpr int kWarpBytes = sizeof(engine_.s.buffer) / Engine::kConsumerWarps;
+      static_assert(kWarpBytes == 16 * kWeightRows * sizeof(Out));
       return engine_.s.buffer[0][0] + threadIdx.x / 32 * kWarpBytes;
     }
-    static constexpr int kWarpBytes = 1024;
 
     /// What applies to the whole depth: scales where they are of rows, router weights, bias.
     __device__ __forceinline__ void finish(float (&d)[kSums]) const {
@@ -225,8 +229,7 @@ struct Fp8PrefillLoop {
       const int lane = threadIdx.x % 32;
       __syncwarp();  // what the buffer held has been read
 #pragma unroll
-      for (int row = 0; row < kRows; row += 32)
-        values[row + lane] = value(weight_row(first_row_ + row + lane));
+      for (int row = 0; row < kWeightRows; row += 32) values[row + lane] = value(weight_row(row + lane));
       __syncwarp();
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
@@ -245,12 +248,15 @@ struct Fp8PrefillLoop {
       return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
     }
 
-    /// A warp stores its 16 tokens through its buffer, 32 or 16 columns at a time. A row's pieces of 16 bytes
-    /// are swizzled so that eight rows of a matrix fall into different banks.
+    /// A warp's 16 tokens by way of its buffer, in boxes of 16 tokens. A row's pieces of 16 bytes are
+    /// swizzled as the copy engine has it, so that eight rows of a matrix fall into different banks.
     __device__ __forceinline__ void store(const float (&d)[kSums]) const {
-      constexpr int kChunkColumns = kColumns % 32 == 0 ? 32 : 16, kPieces = kChunkColumns / 8;
+      constexpr int kBoxColumns = kGated ? 32 : 64, kBoxes = Engine::kTileColumns / kBoxColumns;
+      constexpr int kPieces = kBoxColumns / 8, kBoxBytes = 16 * kBoxColumns * sizeof(Out);
       const EpilogueArgs& e = engine_.args.epilogue;
-      const int lane = threadIdx.x % 32;
+      const int warp = threadIdx.x / 32;
+      int lane = threadIdx.x % 32;
+      asm volatile("" : "+r"(lane));  // else the addresses below are kept from tile to tile, and spilled
       auto offset = [](int row, int piece) {
         return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
       };
@@ -265,31 +271,41 @@ struct Fp8PrefillLoop {
           return pack_pair<Out>(Engine::Form::apply(e, a[0]), Engine::Form::apply(e, a[1]));
         }
       };
-      const int token = first_token_ + threadIdx.x % 128 / 32 * 16 + lane / kPieces;
-      const int column = tile_.weight_tile * Engine::kTileColumns + (kGated ? first_row_ / 2 : first_row_) +
-                         lane % kPieces * 8;
-      Out* out = static_cast<Out*>(e.out) + (tile_.row + token) * e.out_stride + column;
+      std::byte* to = buffer();
+      __syncwarp();  // what the buffer held has been read
 #pragma unroll
-      for (int c = 0; c < kColumns / kChunkColumns; ++c) {
-        __syncwarp();  // what the buffer held has been read
-#pragma unroll
-        for (int i = 0; i < kPieces; i += 2) {
-          const int g = c * kPieces + i;
-          const std::uint32_t v[4] = {pack(g, 0), pack(g, 1), pack(g + 1, 0), pack(g + 1, 1)};
-          store_matrices<false>(smem_address(buffer()) + offset(lane % 16, i + lane / 16), v);
-        }
+      for (int g = 0; g < Engine::kTileColumns / 8; g += 2) {
+        const std::uint32_t v[4] = {pack(g, 0), pack(g, 1), pack(g + 1, 0), pack(g + 1, 1)};
+        store_matrices<false>(
+            smem_address(to + g / kPieces * kBoxBytes) + offset(lane % 16, g % kPieces + lane / 16), v);
+      }
+      const int column = tile_.weight_tile * Engine::kTileColumns, row = tile_.row + warp * 16;
+      const int rows = tile_.rows - warp * 16;
+      if (rows >= 16) {
+        fence_async_proxy();
         __syncwarp();
+        if (lane == 0) {
 #pragma unroll
-        for (int row = 0; row < 16; row += 32 / kPieces)
-          if (token + row < tile_.rows && column + c * kChunkColumns < e.columns)
-            *reinterpret_cast<uint4*>(out + row * e.out_stride + c * kChunkColumns) =
-                *reinterpret_cast<const uint4*>(buffer() + offset(row + lane / kPieces, lane % kPieces));
+          for (int b = 0; b < kBoxes; ++b)
+            if (column + b * kBoxColumns < e.columns)
+              store_box(&engine_.maps.out, to + b * kBoxBytes, column + b * kBoxColumns, row);
+          commit_stores();
+        }
+        return;
+      }
+      __syncwarp();
+      Out* out = static_cast<Out*>(e.out) + row * e.out_stride;
+      for (int i = lane; i < rows * (Engine::kTileColumns / 8); i += 32) {
+        const int r = i / (Engine::kTileColumns / 8), piece = i % (Engine::kTileColumns / 8);
+        if (column + piece * 8 < e.columns)
+          *reinterpret_cast<uint4*>(out + r * e.out_stride + column + piece * 8) =
+              *reinterpret_cast<const uint4*>(to + piece / kPieces * kBoxBytes + offset(r, piece % kPieces));
       }
     }
 
     const Engine& engine_;
     const Tile& tile_;
-    const int first_token_, first_row_;
+    const int warpgroup_;
   };
 };
 

@@ -61,6 +61,24 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, std::
       "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
+/// One box of a 2-D tensor map the other way, what lies outside clipped. A group of copies belongs to its
+/// thread, which made what it copies visible by fence_async_proxy().
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0,{%2,%3}],[%1];" ::"l"(map),
+               "r"(smem_address(from)), "r"(c0), "r"(c1)
+               : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+/// Until this thread's groups have read shared memory.
+__device__ __forceinline__ void wait_for_stores_to_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+/// Until they are done.
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
