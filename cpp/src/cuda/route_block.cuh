@@ -68,6 +68,8 @@ __device__ __forceinline__ void route_in_block(const RouteArgs& args, std::int64
     live = live && is_finite(bias);
   }
   const unsigned own = live ? ordered(key) : kNone;
+  RankedKeys& keys = scratch.of_warp[warp];
+  keys.set(lane, own);
   if (warp == 0) {
     const int candidates = (kKeys == RouteKeys::kGrouped ? args.topk_groups : warps) * args.top_k;
     if (lane >= candidates) scratch.candidates.words[lane] = scratch.candidates.words[32 + lane] = kNone;
@@ -85,19 +87,17 @@ __device__ __forceinline__ void route_in_block(const RouteArgs& args, std::int64
       if (w < warps) most = max(most, scratch.largest[w]);
     if (most != kNone) top = from_ordered(most);
     scratch.terms[e] = live ? dev::exp(x - top) : 0.0f;
+  } else {
+    __syncwarp();
   }
 
+  const int rank = keys.rank(lane, own);
   int list = warp;  // of the candidates
   bool kept = true;
   if constexpr (kKeys == RouteKeys::kGrouped) {
-    // Groups first: half of DeepSeek's then have no ranks to find.
-    const unsigned best = __reduce_max_sync(dev::kWholeWarp, own);
-    const int at = __ffs(static_cast<int>(__ballot_sync(dev::kWholeWarp, own == best))) - 1;
-    const unsigned next = __reduce_max_sync(dev::kWholeWarp, lane == at ? kNone : own);
-    if (lane == 0) {
-      scratch.first[warp] = best == kNone ? minus_infinity() : from_ordered(best);
-      scratch.second[warp] = next == kNone ? minus_infinity() : from_ordered(next);
-    }
+    const float by = own == kNone ? minus_infinity() : key;
+    if (rank == 0) scratch.first[warp] = by;
+    if (rank == 1) scratch.second[warp] = by;
     __syncthreads();
     float of_group = minus_infinity();
     if (lane < args.num_groups)
@@ -114,16 +114,11 @@ __device__ __forceinline__ void route_in_block(const RouteArgs& args, std::int64
     kept = all_kept >> warp & 1;
     list = __popc(all_kept & ((1u << warp) - 1));
   }
-  if (kept) {
-    RankedKeys& keys = scratch.of_warp[warp];
-    keys.set(lane, own);
-    __syncwarp();
-    if (const int rank = keys.rank(lane, own); rank < args.top_k) {
-      const int at = list * args.top_k + rank;
-      scratch.candidates.set(at, own);
-      scratch.candidate_id[at] = e;
-      scratch.candidate_value[at] = value;
-    }
+  if (kept && rank < args.top_k) {
+    const int at = list * args.top_k + rank;
+    scratch.candidates.set(at, own);
+    scratch.candidate_id[at] = e;
+    scratch.candidate_value[at] = value;
   }
   __syncthreads();
   if (warp > 0) return;
