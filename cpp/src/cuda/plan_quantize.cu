@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kPlanMaxThreads)
     Unit<__nv_bfloat16> v[1];
     load_source<__nv_bfloat16, Source::kRows, true>(tokens, token, columns.first, v[0]);
     quantize_task<__nv_bfloat16, Encoding::kBlock128, Source::kRows, true>(
-        tokens, columns, v, Global{}, token, tokens.map.of_row(token), tokens.rows);
+        tokens, columns, v, Global{}, token, tokens.map.of_row(token), 0, tokens.rows);
   } else if (blockIdx.y == 0) {
     if (tiny) {
       begin();

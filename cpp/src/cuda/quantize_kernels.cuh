@@ -219,12 +219,19 @@ struct Owner {
   }
 };
 
-/// One task: a row, whose scales begin at `scales`, or a token and all its rows.
+/// Of a token, the row that slot `first` + lane owns; -1 for none.
+__device__ __forceinline__ int row_of_slot(const QuantizeArgs& args, int token, int first) {
+  const int slot = first + static_cast<int>(threadIdx.x) % 32;
+  return slot < args.top_k ? args.slot_row[std::int64_t{token} * args.top_k + slot] : -1;
+}
+
+/// One task: a row, whose scales begin at `scales`, or a token and all its rows, of which the caller has read
+/// the first 32: row_of_slot(args, task, 0).
 template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
 __device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
                                               const Columns<kEncoding, kUnroll>& columns,
                                               const Unit<T> (&v)[kUnroll], const Global& global, int task,
-                                              std::int64_t scales, std::int64_t num_rows) {
+                                              std::int64_t scales, int row, std::int64_t num_rows) {
   Units<kUnroll> units;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -239,9 +246,8 @@ __device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
 
   if (args.tasks != Tasks::kTokens) return store_units<kEncoding, kWhole>(args, units, columns, task, scales);
   // Every lane finds the place of one of the token's rows; then all lanes write to each.
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int j = 0; j < args.top_k; j += 32) {
-    std::int64_t row = j + lane < args.top_k ? args.slot_row[std::int64_t{task} * args.top_k + j + lane] : -1;
+    if (j > 0) row = row_of_slot(args, task, j);
     const bool live = row >= 0 && row < num_rows;
     Place place;
     if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row);
@@ -290,12 +296,14 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
     if (task >= owner.live) continue;
     Unit<T> v[kUnroll];
     const int source = args.row_token ? args.row_token[task] : task;
+    const int row = args.tasks == Tasks::kTokens ? row_of_slot(args, task, 0) : 0;  // beside the source
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       load_source<T, kSource, kWhole>(args, source, columns.first + u * columns.step, v[u]);
     if (another) owner.settle(args);  // with the row on its way
-    quantize_task<T, kEncoding, kSource, kWhole>(
-        args, columns, v, owner.global, task, owner.scales + args.map.of_row(task - owner.first), num_rows);
+    quantize_task<T, kEncoding, kSource, kWhole>(args, columns, v, owner.global, task,
+                                                 owner.scales + args.map.of_row(task - owner.first), row,
+                                                 num_rows);
   }
 }
 
