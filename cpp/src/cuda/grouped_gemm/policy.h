@@ -77,9 +77,7 @@ inline Policy select_policy(FormPair forms, std::int64_t rows, std::int64_t num_
   policy.prefill = policy.rows_per_expert > limit.decode_rows;
   const TileConfig config = policy.tiles();
   policy.max_tokens = config.max_tokens;
-  // Up to so many on average, an expert's rows hardly take two tiles.
-  const double one_tile_rows = config.tokens_are_rows() ? 0.7 * config.max_tokens : kOneTileRows;
-  policy.evict_weights = policy.rows_per_expert <= one_tile_rows;
+  policy.evict_weights = policy.rows_per_expert <= kOneTileRows;
   const double waves = policy.experts * std::ceil(static_cast<double>(weight_rows) / config.rows()) / num_sms;
   const double bytes = policy.experts * weight_bytes(forms) * static_cast<double>(weight_rows * k);
   policy.stream_k = config.stream_k && bytes > limit.stream_bytes &&
