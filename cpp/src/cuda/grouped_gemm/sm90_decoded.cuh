@@ -24,7 +24,7 @@
 #include "cuda/device/mma.cuh"
 #include "cuda/grouped_gemm/operands.cuh"
 #include "cuda/grouped_gemm/prepare_x.h"
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_swap_ab.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
 namespace moecore::cuda::sm90 {
@@ -64,13 +64,9 @@ class ScaleStream {
   }
 
   /// Of step j of kAhead.
-  __device__ __forceinline__ const Codes& operator[](int j) const {
-    return codes_[j];
-  }
+  __device__ __forceinline__ const Codes& operator[](int j) const { return codes_[j]; }
   /// Behind step j: sends for those of the step kAhead further.
-  __device__ __forceinline__ void refill(int j) {
-    load(j, j + kAhead);
-  }
+  __device__ __forceinline__ void refill(int j) { load(j, j + kAhead); }
   /// mxfp4: whether a code of the kAhead steps is too large for one factor.
   __device__ __forceinline__ bool large() const {
     std::uint32_t any = 0;
@@ -249,7 +245,7 @@ struct DecodedLoop {
         for (int h = 0; h < 2; ++h)
 #pragma unroll
           for (int g = 0; g < kGroups; ++g)
-            dev::mma(reinterpret_cast<float(&)[4]>(d[4 * g]), a[h], b[v % 2][g][2 * h],
+            dev::mma(reinterpret_cast<float (&)[4]>(d[4 * g]), a[h], b[v % 2][g][2 * h],
                      b[v % 2][g][2 * h + 1], __nv_bfloat16{});
       }
       scales.refill(j);
@@ -309,7 +305,7 @@ struct DecodedLoop {
           wgmma_fence();
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            WgmmaDecoded<kWidth>::op(reinterpret_cast<float(&)[kWidth / 2]>(d), a[v % 2][h],
+            WgmmaDecoded<kWidth>::op(reinterpret_cast<float (&)[kWidth / 2]>(d), a[v % 2][h],
                                      tokens[v / 2] + (v % 2 * 2 + h) * 2);
           wgmma_commit();
         });

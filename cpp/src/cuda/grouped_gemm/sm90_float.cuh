@@ -1,7 +1,7 @@
 #pragma once
 // The main loop of bf16 x bf16 and f16 x f16: both operands from shared memory, K = 64 a step.
 
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_swap_ab.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
 namespace moecore::cuda::sm90 {

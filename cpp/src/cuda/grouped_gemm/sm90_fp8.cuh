@@ -9,7 +9,7 @@
 // The adding threads are what limits wide tiles: on an H200 they wait for neither operands nor tensor cores.
 // So the scales of a step, of tokens and of weights, come through the ring, four tokens at a time.
 
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_swap_ab.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
 namespace moecore::cuda::sm90 {

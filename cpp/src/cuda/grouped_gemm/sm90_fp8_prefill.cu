@@ -4,19 +4,19 @@ namespace moecore::cuda::sm90 {
 
 template <>
 Kernel fp8_kernel<false, Tiling::kPrefill, false>() {
-  return kernel<Fp8PrefillLoop<false>, Tiling::kPrefill, false>();
+  return fp8_prefill_kernel<false, false>();
 }
 template <>
 Kernel fp8_kernel<false, Tiling::kPrefill, true>() {
-  return kernel<Fp8PrefillLoop<false>, Tiling::kPrefill, true>();
+  return fp8_prefill_kernel<false, true>();
 }
 template <>
 Kernel fp8_kernel<true, Tiling::kPrefill, false>() {
-  return kernel<Fp8PrefillLoop<true>, Tiling::kPrefill, false>();
+  return fp8_prefill_kernel<true, false>();
 }
 template <>
 Kernel fp8_kernel<true, Tiling::kPrefill, true>() {
-  return kernel<Fp8PrefillLoop<true>, Tiling::kPrefill, true>();
+  return fp8_prefill_kernel<true, true>();
 }
 
 }  // namespace moecore::cuda::sm90

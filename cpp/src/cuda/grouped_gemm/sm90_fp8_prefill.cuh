@@ -1,6 +1,6 @@
 #pragma once
-// The main loop of e4m3 x e4m3 for many rows an expert: tokens are the tensor cores' A (M) operand, weights
-// their B (N), K = 128 a step. A tile has 128 tokens, 64 for each warpgroup, and 192 weight rows.
+// Grouped GEMM on Hopper, e4m3 x e4m3 with many rows an expert: tokens are the tensor cores' A (M) operand,
+// weights their B (N), K = 128 a step. A tile has 128 tokens, 64 for each warpgroup, and 192 weight rows.
 //
 // The adding threads limit fp8 (sm90_fp8.cuh says why they add), so this loop makes them few instructions: a
 // thread's products belong to two tokens, and their scales times those of a run of 64 weight rows are four
@@ -13,23 +13,21 @@
 // all there, it stores itself. A warpgroup whose tokens lie behind the tile's end steps through the ring: to
 // give it half of the weight rows of the other's tokens instead is 1 to 4 % slower.
 
-#include "cuda/grouped_gemm/sm90.cuh"
+#include "cuda/grouped_gemm/sm90_pipeline.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
 namespace moecore::cuda::sm90 {
 
+/// A step of it.
 template <bool kBlockScales>
 struct Fp8PrefillLoop {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr bool kSharedSources = false, kQuantizesOut = false;
+  static constexpr bool kHasBlockScales = kBlockScales, kSharedSources = false, kQuantizesOut = false;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepElements = 128, kStepK = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;
   static constexpr int kWeightRows = tile_config(kFamily, Tiling::kPrefill).rows(), kRuns = kWeightRows / 64;
   static_assert(kWeightRows % 64 == 0);
-
-  template <Tiling>
-  using Widths = std::integer_sequence<int, tile_config(kFamily, Tiling::kPrefill).max_tokens>;
 
   /// With blocks, the scales of a step: of the tokens, and of every run of 64 weight rows; when gated of its
   /// first and its second eights, which are gate and up in the order of the checkpoint.
@@ -85,228 +83,239 @@ struct Fp8PrefillLoop {
     const int lane_;
     const std::byte *token_[kTokens] = {}, *weight_ = nullptr;  // of the step
   };
+};
 
-  template <class Engine>
-  static __device__ __forceinline__ void compute(const Engine& engine, const Work& work,
-                                                 typename Engine::Ring& at) {
-    // One value for all lanes: descriptors then take the uniform registers' instructions.
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (work.tile.rows > warpgroup * 64) {
-      Part<Engine>(engine, work.tile, warpgroup).compute(work, at);
-      return;
-    }
+/// What a warpgroup has of a tile: 64 tokens. Thread (warp w, lane l) of it holds tokens 16w + l/4 (and + 8)
+/// of weight rows 8g + 2(l%4) (and + 1): d[4g], d[4g + 1] and, eight tokens down, d[4g + 2], d[4g + 3].
+template <class Engine>
+class Fp8PrefillPart {
+ public:
+  __device__ __forceinline__ Fp8PrefillPart(const Engine& engine, const Tile& tile, int warpgroup)
+      : engine_(engine), tile_(tile), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
+    auto& s = engine_.s;
+    float d[kSums] = {}, p[kSums];
+#pragma unroll 4
     for (int k = work.begin; k < work.end; ++k) {
-      barrier_wait(&engine.s.full[at.stage], at.phase);
-      if (threadIdx.x % 32 == 0) barrier_arrive(&engine.s.empty[at.stage]);
+      barrier_wait(&s.full[at.stage], at.phase);
+      const Scales scales(s.extra[at.stage], token());
+      const int stage = __shfl_sync(~0u, at.stage, 0);
+      const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + warpgroup_ * 64 * kLineBytes);
+      const std::uint64_t weights = tile_descriptor(s.weights[stage]);
+      wgmma_fence();
+      Wgmma<E4m3Codes, kWeightRows>::template op<false>(p, tokens, weights);
+#pragma unroll
+      for (int kk = 1; kk < kLineBytes / 32; ++kk)
+        Wgmma<E4m3Codes, kWeightRows>::op(p, tokens + kk * 2, weights + kk * 2);
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
       at.advance();
+      scales.add(p, d);
     }
-  }
-
-  /// Behind the last tile.
-  static __device__ __forceinline__ void settle() {
-    if (threadIdx.x % 32 == 0) wait_for_stores();
+    if (threadIdx.x % 32 == 0) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
+    finish(d);
+    store(d);
   }
 
  private:
-  /// What a warpgroup has of a tile: 64 tokens. Thread (warp w, lane l) of it holds tokens 16w + l/4 (and +
-  /// 8) of weight rows 8g + 2(l%4) (and + 1): d[4g], d[4g + 1] and, eight tokens down, d[4g + 2], d[4g + 3].
-  template <class Engine>
-  class Part {
-   public:
-    __device__ __forceinline__ Part(const Engine& engine, const Tile& tile, int warpgroup)
-        : engine_(engine), tile_(tile), warpgroup_(warpgroup) {}
+  using Loop = typename Engine::Loop;
+  using Out = typename Loop::Out;
+  static constexpr bool kBlockScales = Loop::kHasBlockScales;
+  static constexpr int kWeightRows = Loop::kWeightRows, kRuns = Loop::kRuns;
+  static constexpr bool kGated = Engine::Form::kGated;
+  static constexpr int kSums = kWeightRows / 2, kGroups = kWeightRows / 8;
 
-    __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
-      auto& s = engine_.s;
-      float d[kSums] = {}, p[kSums];
-#pragma unroll 4
-      for (int k = work.begin; k < work.end; ++k) {
-        barrier_wait(&s.full[at.stage], at.phase);
-        const Scales scales(s.extra[at.stage], token());
-        const int stage = __shfl_sync(~0u, at.stage, 0);
-        const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + warpgroup_ * 64 * kLineBytes);
-        const std::uint64_t weights = tile_descriptor(s.weights[stage]);
-        wgmma_fence();
-        Wgmma<E4m3Codes, kWeightRows>::template op<false>(p, tokens, weights);
+  /// The scales of a step that a thread's sums need.
+  class Scales {
+   public:
+    template <class Extra>
+    __device__ __forceinline__ Scales(const Extra& extra, int token) {
+      if constexpr (kBlockScales) {
+        tokens_[0] = extra.tokens[token];
+        tokens_[1] = extra.tokens[token + 8];
 #pragma unroll
-        for (int kk = 1; kk < kLineBytes / 32; ++kk)
-          Wgmma<E4m3Codes, kWeightRows>::op(p, tokens + kk * 2, weights + kk * 2);
-        wgmma_commit();
-        wgmma_wait<0>();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
-        at.advance();
-        scales.add(p, d);
+        for (int i = 0; i < kRuns * kEights; ++i) weights_[i] = extra.weights[i];
       }
-      if (threadIdx.x % 32 == 0) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
-      finish(d);
-      store(d);
+    }
+    /// d += p times the scales.
+    __device__ __forceinline__ void add(const float (&p)[kSums], float (&d)[kSums]) const {
+      if constexpr (kBlockScales) {
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) {
+          float scale[kEights][2];
+#pragma unroll
+          for (int i = 0; i < 2 * kEights; ++i)
+            scale[i / 2][i % 2] = tokens_[i % 2] * weights_[run * kEights + i / 2];
+#pragma unroll
+          for (int i = 0; i < kRunSums; ++i)
+            d[run * kRunSums + i] =
+                __fmaf_rn(p[run * kRunSums + i], scale[i / 4 % kEights][i / 2 % 2], d[run * kRunSums + i]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) d[i] += p[i];
+      }
     }
 
    private:
-    static constexpr bool kGated = Engine::Form::kGated;
-    static constexpr int kSums = kWeightRows / 2, kGroups = kWeightRows / 8;
-
-    /// The scales of a step that a thread's sums need.
-    class Scales {
-     public:
-      template <class Extra>
-      __device__ __forceinline__ Scales(const Extra& extra, int token) {
-        if constexpr (kBlockScales) {
-          tokens_[0] = extra.tokens[token];
-          tokens_[1] = extra.tokens[token + 8];
-#pragma unroll
-          for (int i = 0; i < kRuns * kEights; ++i) weights_[i] = extra.weights[i];
-        }
-      }
-      /// d += p times the scales.
-      __device__ __forceinline__ void add(const float (&p)[kSums], float (&d)[kSums]) const {
-        if constexpr (kBlockScales) {
-#pragma unroll
-          for (int run = 0; run < kRuns; ++run) {
-            float scale[kEights][2];
-#pragma unroll
-            for (int i = 0; i < 2 * kEights; ++i)
-              scale[i / 2][i % 2] = tokens_[i % 2] * weights_[run * kEights + i / 2];
-#pragma unroll
-            for (int i = 0; i < kRunSums; ++i)
-              d[run * kRunSums + i] =
-                  __fmaf_rn(p[run * kRunSums + i], scale[i / 4 % kEights][i / 2 % 2], d[run * kRunSums + i]);
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) d[i] += p[i];
-        }
-      }
-
-     private:
-      static constexpr int kEights = kGated ? 2 : 1, kRunSums = kSums / kRuns;
-      float tokens_[2], weights_[kRuns * kEights];
-    };
-
-    /// The first of this thread's two tokens.
-    __device__ __forceinline__ int token() const {
-      return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    }
-    /// Of this warp: 16 tokens of kWeightRows columns.
-    __device__ __forceinline__ std::byte* buffer() const {
-      constexpr int kWarpBytes = sizeof(engine_.s.buffer) / Engine::kConsumerWarps;
-      static_assert(kWarpBytes == 16 * kWeightRows * sizeof(Out));
-      return engine_.s.buffer[0][0] + threadIdx.x / 32 * kWarpBytes;
-    }
-
-    /// What applies to the whole depth: scales where they are of rows, router weights, bias.
-    __device__ __forceinline__ void finish(float (&d)[kSums]) const {
-      const EpilogueArgs& e = engine_.args.epilogue;
-      if (!kBlockScales || e.row_weights) {
-        const float factors[2] = {token_factor(token()), token_factor(token() + 8)};
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) d[i] *= factors[i / 2 % 2];
-      }
-      if constexpr (!kBlockScales)
-        for_weight_rows(
-            [&](std::int64_t row) { return scale_of(engine_.args.weight_scales, row, tile_.expert); },
-            [&](int i, float scale) { d[i] *= scale; });
-      if (e.bias)
-        for_weight_rows(
-            [&](std::int64_t row) { return bias_of<Out>(e, tile_.expert, static_cast<int>(row)); },
-            [&](int i, float bias) { d[i] += bias; });
-    }
-
-    /// Router weight of a token, and its scale where it is of the row.
-    __device__ __forceinline__ float token_factor(int token) const {
-      float factor = token < tile_.rows ? row_weight(engine_.args.epilogue, tile_.row + token) : 0.0f;
-      if constexpr (!kBlockScales) factor *= scale_of(engine_.args.x_scales, engine_.x_row(tile_, token), 0);
-      return factor;
-    }
-    static __device__ __forceinline__ float scale_of(const ScaleArgs& s, std::int64_t row, int expert) {
-      return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
-    }
-
-    /// value(row) of every weight row, read once by the warp, goes to apply(i, value) of the sums i it has.
-    template <class Value, class Apply>
-    __device__ __forceinline__ void for_weight_rows(const Value& value, const Apply& apply) const {
-      auto* values = reinterpret_cast<float*>(buffer());
-      const int lane = threadIdx.x % 32;
-      __syncwarp();  // what the buffer held has been read
-#pragma unroll
-      for (int row = 0; row < kWeightRows; row += 32) values[row + lane] = value(weight_row(row + lane));
-      __syncwarp();
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const float2 two = reinterpret_cast<const float2*>(values)[g * 4 + lane % 4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) apply(g * 4 + i, i % 2 ? two.y : two.x);
-      }
-    }
-
-    /// Row of the expert's weights that a row of the tile is; the last one beyond them.
-    __device__ __forceinline__ std::int64_t weight_row(int row) const {
-      const EpilogueArgs& e = engine_.args.epilogue;
-      const int column = min(
-          e.columns - 1, tile_.weight_tile * Engine::kTileColumns + (kGated ? row / 16 * 8 + row % 8 : row));
-      if constexpr (!kGated) return column;
-      return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
-    }
-
-    /// A warp's 16 tokens by way of its buffer, in boxes of 16 tokens. A row's pieces of 16 bytes are
-    /// swizzled as the copy engine has it, so that eight rows of a matrix fall into different banks.
-    __device__ __forceinline__ void store(const float (&d)[kSums]) const {
-      constexpr int kBoxColumns = kGated ? 32 : 64, kBoxes = Engine::kTileColumns / kBoxColumns;
-      constexpr int kPieces = kBoxColumns / 8, kBoxBytes = 16 * kBoxColumns * sizeof(Out);
-      const EpilogueArgs& e = engine_.args.epilogue;
-      const int warp = threadIdx.x / 32;
-      int lane = threadIdx.x % 32;
-      asm volatile("" : "+r"(lane));  // else the addresses below are kept from tile to tile, and spilled
-      auto offset = [](int row, int piece) {
-        return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
-      };
-      // This thread's two columns of a group of eight of out, of its first or second token.
-      auto pack = [&](int group, int half) {
-        if constexpr (kGated) {
-          const float *a = d + group * 8 + half * 2, *b = a + 4;
-          return pack_pair<Out>(Engine::Form::apply(e, e.swapped ? b[0] : a[0], e.swapped ? a[0] : b[0]),
-                                Engine::Form::apply(e, e.swapped ? b[1] : a[1], e.swapped ? a[1] : b[1]));
-        } else {
-          const float* a = d + group * 4 + half * 2;
-          return pack_pair<Out>(Engine::Form::apply(e, a[0]), Engine::Form::apply(e, a[1]));
-        }
-      };
-      std::byte* to = buffer();
-      __syncwarp();  // what the buffer held has been read
-#pragma unroll
-      for (int g = 0; g < Engine::kTileColumns / 8; g += 2) {
-        const std::uint32_t v[4] = {pack(g, 0), pack(g, 1), pack(g + 1, 0), pack(g + 1, 1)};
-        store_matrices<false>(
-            smem_address(to + g / kPieces * kBoxBytes) + offset(lane % 16, g % kPieces + lane / 16), v);
-      }
-      const int column = tile_.weight_tile * Engine::kTileColumns, row = tile_.row + warp * 16;
-      const int rows = tile_.rows - warp * 16;
-      if (rows >= 16) {
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) {
-#pragma unroll
-          for (int b = 0; b < kBoxes; ++b)
-            if (column + b * kBoxColumns < e.columns)
-              store_box(&engine_.maps.out, to + b * kBoxBytes, column + b * kBoxColumns, row);
-          commit_stores();
-        }
-        return;
-      }
-      __syncwarp();
-      Out* out = static_cast<Out*>(e.out) + row * e.out_stride;
-      for (int i = lane; i < rows * (Engine::kTileColumns / 8); i += 32) {
-        const int r = i / (Engine::kTileColumns / 8), piece = i % (Engine::kTileColumns / 8);
-        if (column + piece * 8 < e.columns)
-          *reinterpret_cast<uint4*>(out + r * e.out_stride + column + piece * 8) =
-              *reinterpret_cast<const uint4*>(to + piece / kPieces * kBoxBytes + offset(r, piece % kPieces));
-      }
-    }
-
-    const Engine& engine_;
-    const Tile& tile_;
-    const int warpgroup_;
+    static constexpr int kEights = kGated ? 2 : 1, kRunSums = kSums / kRuns;
+    float tokens_[2], weights_[kRuns * kEights];
   };
+
+  /// The first of this thread's two tokens.
+  __device__ __forceinline__ int token() const { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
+  /// Of this warp: 16 tokens of kWeightRows columns.
+  __device__ __forceinline__ std::byte* buffer() const {
+    constexpr int kWarpBytes = sizeof(engine_.s.buffer) / Engine::kConsumerWarps;
+    static_assert(kWarpBytes == 16 * kWeightRows * sizeof(Out));
+    return engine_.s.buffer[0][0] + threadIdx.x / 32 * kWarpBytes;
+  }
+
+  /// What applies to the whole depth: scales where they are of rows, router weights, bias.
+  __device__ __forceinline__ void finish(float (&d)[kSums]) const {
+    const EpilogueArgs& e = engine_.args.epilogue;
+    if (!kBlockScales || e.row_weights) {
+      const float factors[2] = {token_factor(token()), token_factor(token() + 8)};
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) d[i] *= factors[i / 2 % 2];
+    }
+    if constexpr (!kBlockScales)
+      for_weight_rows(
+          [&](std::int64_t row) { return scale_of(engine_.args.weight_scales, row, tile_.expert); },
+          [&](int i, float scale) { d[i] *= scale; });
+    if (e.bias)
+      for_weight_rows([&](std::int64_t row) { return bias_of<Out>(e, tile_.expert, static_cast<int>(row)); },
+                      [&](int i, float bias) { d[i] += bias; });
+  }
+
+  /// Router weight of a token, and its scale where it is of the row.
+  __device__ __forceinline__ float token_factor(int token) const {
+    float factor = token < tile_.rows ? row_weight(engine_.args.epilogue, tile_.row + token) : 0.0f;
+    if constexpr (!kBlockScales) factor *= scale_of(engine_.args.x_scales, engine_.x_row(tile_, token), 0);
+    return factor;
+  }
+  static __device__ __forceinline__ float scale_of(const ScaleArgs& s, std::int64_t row, int expert) {
+    return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
+  }
+
+  /// value(row) of every weight row, read once by the warp, goes to apply(i, value) of the sums i it has.
+  template <class Value, class Apply>
+  __device__ __forceinline__ void for_weight_rows(const Value& value, const Apply& apply) const {
+    auto* values = reinterpret_cast<float*>(buffer());
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // what the buffer held has been read
+#pragma unroll
+    for (int row = 0; row < kWeightRows; row += 32) values[row + lane] = value(weight_row(row + lane));
+    __syncwarp();
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float2 two = reinterpret_cast<const float2*>(values)[g * 4 + lane % 4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) apply(g * 4 + i, i % 2 ? two.y : two.x);
+    }
+  }
+
+  /// Row of the expert's weights that a row of the tile is; the last one beyond them.
+  __device__ __forceinline__ std::int64_t weight_row(int row) const {
+    const EpilogueArgs& e = engine_.args.epilogue;
+    const int column = min(
+        e.columns - 1, tile_.weight_tile * Engine::kTileColumns + (kGated ? row / 16 * 8 + row % 8 : row));
+    if constexpr (!kGated) return column;
+    return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
+  }
+
+  /// A warp's 16 tokens by way of its buffer, in boxes of 16 tokens. A row's pieces of 16 bytes are
+  /// swizzled as the copy engine has it, so that eight rows of a matrix fall into different banks.
+  __device__ __forceinline__ void store(const float (&d)[kSums]) const {
+    constexpr int kBoxColumns = kGated ? 32 : 64, kBoxes = Engine::kTileColumns / kBoxColumns;
+    constexpr int kPieces = kBoxColumns / 8, kBoxBytes = 16 * kBoxColumns * sizeof(Out);
+    const EpilogueArgs& e = engine_.args.epilogue;
+    const int warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane));  // else the addresses below are kept from tile to tile, and spilled
+    auto offset = [](int row, int piece) {
+      return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
+    };
+    // This thread's two columns of a group of eight of out, of its first or second token.
+    auto pack = [&](int group, int half) {
+      if constexpr (kGated) {
+        const float *a = d + group * 8 + half * 2, *b = a + 4;
+        return pack_pair<Out>(Engine::Form::apply(e, e.swapped ? b[0] : a[0], e.swapped ? a[0] : b[0]),
+                              Engine::Form::apply(e, e.swapped ? b[1] : a[1], e.swapped ? a[1] : b[1]));
+      } else {
+        const float* a = d + group * 4 + half * 2;
+        return pack_pair<Out>(Engine::Form::apply(e, a[0]), Engine::Form::apply(e, a[1]));
+      }
+    };
+    std::byte* to = buffer();
+    __syncwarp();  // what the buffer held has been read
+#pragma unroll
+    for (int g = 0; g < Engine::kTileColumns / 8; g += 2) {
+      const std::uint32_t v[4] = {pack(g, 0), pack(g, 1), pack(g + 1, 0), pack(g + 1, 1)};
+      store_matrices<false>(
+          smem_address(to + g / kPieces * kBoxBytes) + offset(lane % 16, g % kPieces + lane / 16), v);
+    }
+    const int column = tile_.weight_tile * Engine::kTileColumns, row = tile_.row + warp * 16;
+    const int rows = tile_.rows - warp * 16;
+    if (rows >= 16) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+#pragma unroll
+        for (int b = 0; b < kBoxes; ++b)
+          if (column + b * kBoxColumns < e.columns)
+            store_box(&engine_.maps.out, to + b * kBoxBytes, column + b * kBoxColumns, row);
+        commit_stores();
+      }
+      return;
+    }
+    __syncwarp();
+    Out* out = static_cast<Out*>(e.out) + row * e.out_stride;
+    for (int i = lane; i < rows * (Engine::kTileColumns / 8); i += 32) {
+      const int r = i / (Engine::kTileColumns / 8), piece = i % (Engine::kTileColumns / 8);
+      if (column + piece * 8 < e.columns)
+        *reinterpret_cast<uint4*>(out + r * e.out_stride + column + piece * 8) =
+            *reinterpret_cast<const uint4*>(to + piece / kPieces * kBoxBytes + offset(r, piece % kPieces));
+    }
+  }
+
+  const Engine& engine_;
+  const Tile& tile_;
+  const int warpgroup_;
 };
+
+template <bool kBlockScales, class Form>
+struct Fp8Prefill : Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefill> {
+  using Base = Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefill>;
+  using Base::s;
+
+  __device__ __forceinline__ void compute() {
+    typename Base::Ring at;
+    for (;;) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      const Work work = s.work[at.stage];
+      if (work.tile.rows == 0) break;
+      // One value for all lanes: descriptors then take the uniform registers' instructions.
+      const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+      if (work.tile.rows > warpgroup * 64) {
+        Fp8PrefillPart<Base>(*this, work.tile, warpgroup).compute(work, at);
+        continue;
+      }
+      for (int k = work.begin; k < work.end; ++k) {
+        barrier_wait(&s.full[at.stage], at.phase);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
+        at.advance();
+      }
+    }
+    if (threadIdx.x % 32 == 0) wait_for_stores();
+  }
+};
+
+template <bool kBlockScales, bool kGated>
+Kernel fp8_prefill_kernel() {
+  return kernel_of<Fp8Prefill<kBlockScales, std::conditional_t<kGated, SigmoidGate, Linear>>>();
+}
 
 }  // namespace moecore::cuda::sm90
