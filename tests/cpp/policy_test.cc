@@ -589,6 +589,28 @@ TEST(PolicyGroupedGemm, TilesWithWholeBlocksOfScalesLeaveCodes) {
       EXPECT_FALSE(cuda::sm90::holds_scale_blocks(family, config)) << config.name;
 }
 
+TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
+  constexpr FormPair kBlocks{OperandForm::kFp8Block128, OperandForm::kFp8Block128};
+  constexpr std::int64_t kExperts = 128, kDepth = 2048;
+  auto choose = [](std::int64_t rows) {
+    return cuda::sm90::select_policy(kBlocks, rows, kExperts, 1536, kDepth, 132);
+  };
+  const cuda::sm90::Policy few = choose(16 * kExperts), many = choose(64 * kExperts);
+  EXPECT_FALSE(few.tiles().tokens_are_rows());
+  EXPECT_EQ(few.tiles().token_step(), 8);
+  EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::StreamK::kBytes);
+  EXPECT_TRUE(many.tiles().tokens_are_rows());
+  EXPECT_EQ(many.tiles().token_step(), many.tiles().max_tokens);
+  EXPECT_EQ(cuda::sm90::workspace_bytes(many, 64 * kExperts, kDepth), 64u * kExperts * kDepth);
+  for (const auto& tilings : cuda::sm90::kTileConfigs)
+    for (const cuda::sm90::TileConfig& config : tilings) {
+      EXPECT_TRUE(config.whole_boxes()) << config.name;
+      // Widths are rounded by a mask.
+      EXPECT_EQ(config.token_step() & (config.token_step() - 1), 0) << config.name;
+      EXPECT_TRUE(!config.tokens_are_rows() || config.box_tokens > 0) << config.name;
+    }
+}
+
 // gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.
 TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
   struct Choice {

@@ -70,8 +70,8 @@ void grouped_gemm(const TensorView& x, const TensorView& weights, const TensorVi
                   const TensorView& out, const GroupedGemmOptions& options = {}, const ExecContext& ctx = {});
 
 /// Bytes of workspace that grouped_gemm() needs: rows R, N = weight rows, K = depth, `dtype` that of out, the
-/// formats of quantised operands. On CUDA up to a copy of x's rows in the order of out, and what tiles that are
-/// cut along K exchange.
+/// formats of quantised operands. On CUDA up to a copy of x's rows in the order of out, and what tiles that
+/// are cut along K exchange.
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, Device device,
                                          const std::optional<QuantFormat>& x_format = {},
