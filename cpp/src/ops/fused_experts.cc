@@ -301,8 +301,13 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   Layout layout(ctx.workspace.data(), num_tokens, top_k, num_experts, hidden, inter, x.dtype, weights.dtype,
                 ctx.device, options.x_format, weight_format);
   if (!options.apply_router_weight_on_input) layout.plan.row_route.reset();
-  ExecContext inner = ctx;
-  inner.workspace = layout.scratch;
+  auto with = [&](std::span<std::byte> workspace) {
+    ExecContext c = ctx;
+    c.workspace = workspace;
+    return c;
+  };
+  const ExecContext inner = with(layout.scratch);
+  ExecContext of_up = with(layout.scratch1);
 
   GroupedGemmOptions gemm1{.bias = experts.w13_bias,
                            .row_token = layout.plan.row_token,
@@ -310,9 +315,9 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
                            .weight_scales = experts.w13_scales},
       gemm2{.bias = experts.w2_bias, .weight_scales = experts.w2_scales, .offsets_settled = true};
   TensorView operand1 = x, operand2 = layout.inter_rows;
-  auto up_problem = [&](const ExecContext& c) {
-    return make_grouped_gemm_problem(Check("grouped_gemm", c), operand1, experts.w13,
-                                     layout.plan.expert_offsets, layout.inter_rows, gemm1, c);
+  auto up_problem = [&] {
+    return make_grouped_gemm_problem(Check("grouped_gemm", of_up), operand1, experts.w13,
+                                     layout.plan.expert_offsets, layout.inter_rows, gemm1, of_up);
   };
   // `scale` is a static fp8 scale or nvfp4's g.
   auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
@@ -334,15 +339,13 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     plan(ids, layout.plan, plan_options, inner);
   } else if (!plan_beside_quantize(ids, layout.plan, plan_options, x, operand1, *gemm1.x_scales, inner)) {
     plan(ids, layout.plan, plan_options, inner);
-    ExecContext of_product = inner;
-    of_product.workspace = layout.scratch1;
     if (ctx.device.type == DeviceType::kCUDA && !has_dynamic_tensor_scale(*options.x_format) &&
-        cuda::copies_rows(up_problem(of_product), of_product)) {
+        cuda::copies_rows(up_problem(), of_up)) {
       gemm1.row_token.reset();
       gemm1.x_scales = scales_of(layout.in_order, options.x_scale);
       operand1 = layout.in_order.codes;
       permute_quantize(x, layout.plan, operand1, gemm1.x_scales->scales, gemm1.x_scales->format, {}, inner);
-      layout.scratch1 = layout.scratch1_in_order;
+      of_up = with(layout.scratch1_in_order);
     } else {
       quantize(x, operand1, gemm1.x_scales->scales, gemm1.x_scales->format,
                {.global_scale = gemm1.x_scales->global_scale}, inner);
@@ -356,19 +359,16 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     gemm1.row_weights = TensorView::dense(layout.row_weights.data, weights.dtype, {routes}, ctx.device);
   }
 
-  inner.workspace = layout.scratch1;
-  GroupedGemmProblem up = up_problem(inner);
-  const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, inner);
-  run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, inner);
-  inner.workspace = layout.scratch;
+  GroupedGemmProblem up = up_problem();
+  const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, of_up);
+  run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, of_up);
   if (options.x_format && !leaves_codes)
     quantize(layout.inter_rows, operand2, gemm2.x_scales->scales, gemm2.x_scales->format,
              {.rows = {.expert_offsets = layout.plan.expert_offsets},
               .global_scale = gemm2.x_scales->global_scale},
              inner);
-  inner.workspace = layout.scratch2;
-  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, inner);
-  inner.workspace = layout.scratch;
+  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2,
+               with(layout.scratch2));
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

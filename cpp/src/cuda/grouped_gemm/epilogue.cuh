@@ -57,6 +57,12 @@ struct SigmoidGate {
   }
 };
 
+/// The activation of a column's values from the first and the second eight of 16 weight rows.
+template <class Form>
+__device__ __forceinline__ float activate_eights(const EpilogueArgs& args, float first, float second) {
+  return Form::apply(args, args.swapped ? second : first, args.swapped ? first : second);
+}
+
 /// Two adjacent elements of T in one register.
 template <class T>
 __device__ __forceinline__ unsigned pack_pair(float low, float high);

@@ -3,6 +3,9 @@
 #include "ops/grouped_gemm.h"
 
 #include <cmath>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "cuda/grouped_gemm/engines.h"
 #include "cuda/grouped_gemm/policy.h"
@@ -12,6 +15,32 @@ namespace moecore::cuda {
 namespace {
 
 constexpr const GroupedGemmEngine* kEngines[] = {&kSm90Engine, &kPortableEngine};
+
+/// The engine that takes a problem, or none, and why those before it do not: "<name>: <why>" of each.
+struct Choice {
+  const GroupedGemmEngine* engine = nullptr;
+  std::vector<std::string> passed_over;
+
+  /// `before` each, and `between` them.
+  std::string text(std::string_view before, std::string_view between = "") const {
+    std::string all;
+    for (const std::string& one : passed_over)
+      all.append(all.empty() ? "" : between).append(before).append(one);
+    return all;
+  }
+};
+Choice choose_engine(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  Choice choice;
+  for (const GroupedGemmEngine* engine : kEngines) {
+    const std::string refusal = engine->refusal(p, device, ctx);
+    if (refusal.empty()) {
+      choice.engine = engine;
+      break;
+    }
+    choice.passed_over.push_back(engine->name + (": " + refusal));
+  }
+  return choice;
+}
 
 ScaleArgs scale_args(const OperandScalesRef& s) {
   return {.data = s.data,
@@ -99,40 +128,25 @@ GroupedGemmArgs device_args(const GroupedGemmProblem& p) {
 
 void grouped_gemm(const GroupedGemmProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("grouped_gemm", ctx);
-  std::string passed_over;
-  for (const GroupedGemmEngine* engine : kEngines) {
-    const std::string refusal = engine->refusal(p, device, ctx);
-    if (!refusal.empty()) {
-      passed_over.append("; not ").append(engine->name).append(": ").append(refusal);
-      continue;
-    }
-    auto describe = [&] { return "cuda, " + engine->describe(p, device, ctx) + passed_over; };
-    if (explained(ctx, "grouped_gemm", describe)) return;
-    if (p.num_rows == 0 || p.num_experts == 0 || p.n == 0) return;
-    const DeviceGuard guard(device);
-    engine->run(p, device, ctx);
-    return;
-  }
-  throw Unsupported("grouped_gemm: no CUDA engine takes this problem" + passed_over);
+  const Choice choice = choose_engine(p, device, ctx);
+  if (!choice.engine)
+    throw Unsupported("grouped_gemm: no CUDA engine takes this problem" + choice.text("; not "));
+  auto describe = [&] { return "cuda, " + choice.engine->describe(p, device, ctx) + choice.text("; not "); };
+  if (explained(ctx, "grouped_gemm", describe)) return;
+  if (p.num_rows == 0 || p.num_experts == 0 || p.n == 0) return;
+  const DeviceGuard guard(device);
+  choice.engine->run(p, device, ctx);
 }
 
 std::string quantized_out_refusal(const GroupedGemmProblem& p, const ExecContext& ctx) {
-  const DeviceInfo& device = open_device("grouped_gemm", ctx);
-  std::string refusals;
-  for (const GroupedGemmEngine* engine : kEngines) {
-    const std::string refusal = engine->refusal(p, device, ctx);
-    if (refusal.empty()) return "";
-    refusals.append(refusals.empty() ? "" : "; ").append(engine->name).append(": ").append(refusal);
-  }
-  return refusals;
+  const Choice choice = choose_engine(p, open_device("grouped_gemm", ctx), ctx);
+  return choice.engine ? "" : choice.text("", "; ");
 }
 
 bool copies_rows(const GroupedGemmProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("grouped_gemm", ctx);
-  for (const GroupedGemmEngine* engine : kEngines)
-    if (engine->refusal(p, device, ctx).empty())
-      return engine->copies_rows && engine->copies_rows(p, device, ctx);
-  return false;
+  const GroupedGemmEngine* engine = choose_engine(p, device, ctx).engine;
+  return engine && engine->copies_rows && engine->copies_rows(p, device, ctx);
 }
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,

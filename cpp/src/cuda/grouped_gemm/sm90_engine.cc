@@ -86,8 +86,11 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
 }
 
 /// Tiles whose tokens must stand in order, and rows of x that do not.
+bool copies_rows(const GroupedGemmProblem& p, const sm90::Policy& policy) {
+  return p.row_token && policy.tiles().tokens_are_rows();
+}
 bool copies_rows(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
-  return p.row_token && policy_for(p, device, ctx).tiles().tokens_are_rows();
+  return copies_rows(p, policy_for(p, device, ctx));
 }
 
 /// The rules of the copy engine and of 16-byte accesses.
@@ -136,7 +139,7 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
       policy.stream_k ? "stream-K" : "whole tiles",
-      copies_rows(p, device, ctx) ? ", rows of x put in order first" : "",
+      copies_rows(p, policy) ? ", rows of x put in order first" : "",
       p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
 }
@@ -281,7 +284,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   }
   bool ordered = !p.row_token;  // row r of out is made from row r of x
   std::int64_t x_rows = p.x_rows;
-  if (copies_rows(p, device, ctx)) {
+  if (copies_rows(p, policy)) {
     PermuteProblem copy;
     copy.x = static_cast<const std::byte*>(p.x);
     copy.x_pitch = p.x_stride;

@@ -1,14 +1,15 @@
 #pragma once
-// The main loop of e4m3 x e4m3: both operands from shared memory, K = 128 a step.
+// The main loop of e4m3 x e4m3 for few rows an expert: both operands from shared memory, K = 128 a step.
 //
 // wgmma keeps some 13 bits behind the leading one of its partial sums of fp8 products, so a step's products
 // are summed alone and join the sum as f32: multiplied by the scales of the step (block128), or as they are,
 // the scales of rows following at the end. The two blocks of weight rows have partial sums of their own, so
 // that the tensor cores work on one while the other's are added.
 //
-// The adding threads are what limits wide tiles: on an H200 they wait for neither operands nor tensor cores.
-// So the scales of a step, of tokens and of weights, come through the ring, four tokens at a time.
+// The scales of a step, of tokens and of weights, come through the ring, four tokens at a time: the adding
+// threads are better spared addresses and waits.
 
+#include "cuda/grouped_gemm/sm90_fp8_scales.cuh"
 #include "cuda/grouped_gemm/sm90_swap_ab.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
@@ -43,19 +44,10 @@ struct Fp8Loop {
    public:
     __device__ Gather(const Engine& engine, const Work& work, int thread) : engine_(engine), thread_(thread) {
       if constexpr (kBlockScales) {
-        const ScaleArgs &x = engine.args.x_scales, &w = engine.args.weight_scales;
+        const ScaleArgs& x = engine.args.x_scales;
         if (thread < (work.tile.rows + 7) / 8 * 8)
           token_ = x.data + engine.x_row(work.tile, thread) * x.row_pitch + work.begin * x.col_pitch;
-        if (thread < (kGated ? 4 : 2)) {
-          const EpilogueArgs& e = engine.args.epilogue;
-          const int half = kGated ? thread / 2 : thread;
-          const int column = min(e.columns - 1, work.tile.weight_tile * Engine::kTileColumns +
-                                                    half * (Engine::kTileColumns / 2));
-          const int first = (thread % 2 == 0) != e.swapped ? e.gate_first : e.up_first;
-          const int row = kGated ? first + column * e.row_step : column;
-          weight_ =
-              w.data + work.tile.expert * w.expert_pitch + row / 128 * w.row_pitch + work.begin * w.col_pitch;
-        }
+        if (thread < (kGated ? 4 : 2)) weight_ = weight_block_scale<2>(engine, work, thread);
       }
     }
     __device__ __forceinline__ void copy(int stage, int) {
@@ -153,18 +145,15 @@ struct Fp8Loop {
   static __device__ __forceinline__ void scale_rows(const Engine& engine, const Tile& tile,
                                                     float (&d)[Engine::kBlocks][kTokens / 2]) {
     constexpr int kBlocks = Engine::kBlocks;
-    auto scale = [](const ScaleArgs& s, std::int64_t row, int expert) {
-      return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
-    };
     float w[2 * kBlocks];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i)
-      w[i] = scale(engine.args.weight_scales, engine.weight_row(tile, i / 2, i % 2), tile.expert);
+      w[i] = row_scale(engine.args.weight_scales, engine.weight_row(tile, i / 2, i % 2), tile.expert);
 #pragma unroll
     for (int g = 0; g < kTokens / 8; ++g) {
       const int token = g * 8 + threadIdx.x % 4 * 2;
-      const float t[2] = {scale(engine.args.x_scales, engine.x_row(tile, token), 0),
-                          scale(engine.args.x_scales, engine.x_row(tile, token + 1), 0)};
+      const float t[2] = {row_scale(engine.args.x_scales, engine.x_row(tile, token), 0),
+                          row_scale(engine.args.x_scales, engine.x_row(tile, token + 1), 0)};
 #pragma unroll
       for (int i = 0; i < 4 * kBlocks; ++i) d[i / 4][g * 4 + i % 4] *= w[i / 2] * t[i % 2];
     }

@@ -13,6 +13,7 @@
 // all there, it stores itself. A warpgroup whose tokens lie behind the tile's end steps through the ring: to
 // give it half of the weight rows of the other's tokens instead is 1 to 4 % slower.
 
+#include "cuda/grouped_gemm/sm90_fp8_scales.cuh"
 #include "cuda/grouped_gemm/sm90_pipeline.cuh"
 #include "cuda/grouped_gemm/wgmma.cuh"
 
@@ -43,21 +44,13 @@ struct Fp8PrefillLoop {
    public:
     __device__ Gather(const Engine& engine, const Work& work, int lane) : engine_(engine), lane_(lane) {
       if constexpr (kBlockScales) {
-        const ScaleArgs &x = engine.args.x_scales, &w = engine.args.weight_scales;
+        const ScaleArgs& x = engine.args.x_scales;
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
           if (const int token = lane + i * 32; token < work.tile.rows)
             token_[i] = x.data + engine.x_row(work.tile, token) * x.row_pitch + work.begin * x.col_pitch;
-        if (work.tile.rows > 0 && lane < (kGated ? 2 : 1) * kRuns) {
-          const EpilogueArgs& e = engine.args.epilogue;
-          const int run = kGated ? lane / 2 : lane;
-          const int column = min(e.columns - 1, work.tile.weight_tile * Engine::kTileColumns +
-                                                    run * (Engine::kTileColumns / kRuns));
-          const int first = (lane % 2 == 0) != e.swapped ? e.gate_first : e.up_first;
-          const int row = kGated ? first + column * e.row_step : column;
-          weight_ =
-              w.data + work.tile.expert * w.expert_pitch + row / 128 * w.row_pitch + work.begin * w.col_pitch;
-        }
+        if (work.tile.rows > 0 && lane < (kGated ? 2 : 1) * kRuns)
+          weight_ = weight_block_scale<kRuns>(engine, work, lane);
       }
     }
     __device__ __forceinline__ void copy(int stage, int) {
@@ -183,7 +176,7 @@ class Fp8PrefillPart {
     }
     if constexpr (!kBlockScales)
       for_weight_rows(
-          [&](std::int64_t row) { return scale_of(engine_.args.weight_scales, row, tile_.expert); },
+          [&](std::int64_t row) { return row_scale(engine_.args.weight_scales, row, tile_.expert); },
           [&](int i, float scale) { d[i] *= scale; });
     if (e.bias)
       for_weight_rows([&](std::int64_t row) { return bias_of<Out>(e, tile_.expert, static_cast<int>(row)); },
@@ -193,11 +186,8 @@ class Fp8PrefillPart {
   /// Router weight of a token, and its scale where it is of the row.
   __device__ __forceinline__ float token_factor(int token) const {
     float factor = token < tile_.rows ? row_weight(engine_.args.epilogue, tile_.row + token) : 0.0f;
-    if constexpr (!kBlockScales) factor *= scale_of(engine_.args.x_scales, engine_.x_row(tile_, token), 0);
+    if constexpr (!kBlockScales) factor *= row_scale(engine_.args.x_scales, engine_.x_row(tile_, token), 0);
     return factor;
-  }
-  static __device__ __forceinline__ float scale_of(const ScaleArgs& s, std::int64_t row, int expert) {
-    return __ldg(reinterpret_cast<const float*>(s.data + expert * s.expert_pitch + row * s.row_pitch));
   }
 
   /// value(row) of every weight row, read once by the warp, goes to apply(i, value) of the sums i it has.
@@ -207,7 +197,8 @@ class Fp8PrefillPart {
     const int lane = threadIdx.x % 32;
     __syncwarp();  // what the buffer held has been read
 #pragma unroll
-    for (int row = 0; row < kWeightRows; row += 32) values[row + lane] = value(weight_row(row + lane));
+    for (int row = 0; row < kWeightRows; row += 32)
+      values[row + lane] = value(engine_.tile_row(tile_, row + lane));
     __syncwarp();
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -217,17 +208,7 @@ class Fp8PrefillPart {
     }
   }
 
-  /// Row of the expert's weights that a row of the tile is; the last one beyond them.
-  __device__ __forceinline__ std::int64_t weight_row(int row) const {
-    const EpilogueArgs& e = engine_.args.epilogue;
-    const int column = min(
-        e.columns - 1, tile_.weight_tile * Engine::kTileColumns + (kGated ? row / 16 * 8 + row % 8 : row));
-    if constexpr (!kGated) return column;
-    return ((row % 16 < 8) != e.swapped ? e.gate_first : e.up_first) + std::int64_t{column} * e.row_step;
-  }
-
-  /// A warp's 16 tokens by way of its buffer, in boxes of 16 tokens. A row's pieces of 16 bytes are
-  /// swizzled as the copy engine has it, so that eight rows of a matrix fall into different banks.
+  /// A warp's 16 tokens by way of its buffer, in boxes of 16 tokens.
   __device__ __forceinline__ void store(const float (&d)[kSums]) const {
     constexpr int kBoxColumns = kGated ? 32 : 64, kBoxes = Engine::kTileColumns / kBoxColumns;
     constexpr int kPieces = kBoxColumns / 8, kBoxBytes = 16 * kBoxColumns * sizeof(Out);
@@ -235,15 +216,12 @@ class Fp8PrefillPart {
     const int warp = threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane));  // else the addresses below are kept from tile to tile, and spilled
-    auto offset = [](int row, int piece) {
-      return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
-    };
     // This thread's two columns of a group of eight of out, of its first or second token.
     auto pack = [&](int group, int half) {
       if constexpr (kGated) {
         const float *a = d + group * 8 + half * 2, *b = a + 4;
-        return pack_pair<Out>(Engine::Form::apply(e, e.swapped ? b[0] : a[0], e.swapped ? a[0] : b[0]),
-                              Engine::Form::apply(e, e.swapped ? b[1] : a[1], e.swapped ? a[1] : b[1]));
+        return pack_pair<Out>(activate_eights<typename Engine::Form>(e, a[0], b[0]),
+                              activate_eights<typename Engine::Form>(e, a[1], b[1]));
       } else {
         const float* a = d + group * 4 + half * 2;
         return pack_pair<Out>(Engine::Form::apply(e, a[0]), Engine::Form::apply(e, a[1]));
@@ -255,7 +233,8 @@ class Fp8PrefillPart {
     for (int g = 0; g < Engine::kTileColumns / 8; g += 2) {
       const std::uint32_t v[4] = {pack(g, 0), pack(g, 1), pack(g + 1, 0), pack(g + 1, 1)};
       store_matrices<false>(
-          smem_address(to + g / kPieces * kBoxBytes) + offset(lane % 16, g % kPieces + lane / 16), v);
+          smem_address(to + g / kPieces * kBoxBytes) + swizzled<kPieces>(lane % 16, g % kPieces + lane / 16),
+          v);
     }
     const int column = tile_.weight_tile * Engine::kTileColumns, row = tile_.row + warp * 16;
     const int rows = tile_.rows - warp * 16;
@@ -277,7 +256,8 @@ class Fp8PrefillPart {
       const int r = i / (Engine::kTileColumns / 8), piece = i % (Engine::kTileColumns / 8);
       if (column + piece * 8 < e.columns)
         *reinterpret_cast<uint4*>(out + r * e.out_stride + column + piece * 8) =
-            *reinterpret_cast<const uint4*>(to + piece / kPieces * kBoxBytes + offset(r, piece % kPieces));
+            *reinterpret_cast<const uint4*>(to + piece / kPieces * kBoxBytes +
+                                            swizzled<kPieces>(r, piece % kPieces));
     }
   }
 

@@ -29,9 +29,8 @@
 //   kTokenLines              lines of 128 bytes in a step of one token
 //   Extra                    what else a stage of the ring holds
 //   Gather                   the gathering threads' part of it: Gather(engine, work, thread).copy(stage, k)
-//   kSharedSources           whether the places of a wide tile's rows stand in shared memory (fp4 is faster
-//   for
-//                            it, bf16 5 to 9 % slower)
+//   kSharedSources           whether the places of a wide tile's rows stand in shared memory (fp4 is faster,
+//                            bf16 5 to 9 % slower)
 //   kQuantizesOut            whether gated tiles that hold whole blocks of scales can leave their rows as
 //                            codes (sm90_quantized_store.cuh)
 
@@ -104,8 +103,8 @@ struct Pipeline {
   static constexpr bool kTokensAreRows = kConfig.tokens_are_rows();
   static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
-  static constexpr int kBlockRows = 64 * kWarpgroups, kTileRows = kConfig.rows();  // of weights
-  static constexpr int kTileColumns = Form::kGated ? kTileRows / 2 : kTileRows;    // of out
+  static constexpr int kTileRows = kConfig.rows(), kBlockRows = kTileRows / kBlocks;  // of weights
+  static constexpr int kTileColumns = Form::kGated ? kTileRows / 2 : kTileRows;       // of out
 
   // What a thread gets at launch; the producers leave a part of it to the consumers. Whoever asks for more
   // than there is waits for ever.

@@ -143,6 +143,12 @@ __device__ __forceinline__ uint4 load_16(std::uint32_t from) {
                : "memory");
   return v;
 }
+/// Where piece `piece` of 16 bytes of a row of kPieces stands, swizzled as the copy engine has it, so that
+/// eight rows of a matrix fall into different banks.
+template <int kPieces>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
+}
 /// Stores four 8x8 matrices of 16-bit elements, transposed or not; lane l gives the address of row l % 8 of
 /// matrix l / 8.
 template <bool kTransposed>

@@ -49,8 +49,7 @@ __device__ __forceinline__ void store_quantized(const Engine& engine, const Tile
   const int warpgroup = threadIdx.x / 128, row = threadIdx.x % 128 / 4, unit = threadIdx.x % 4;
   std::byte* buffer = engine.s.buffer[warpgroup][0];
   auto& maxima = engine.s.maxima;
-  // The pieces of 16 bytes of a row are swizzled so that eight rows of a matrix fall into different banks.
-  auto at = [&](int token, int piece) { return buffer + token * 128 + (piece ^ (token & 7)) * 16; };
+  auto at = [&](int token, int piece) { return buffer + swizzled<8>(token, piece); };
   auto magnitudes = [](const std::uint32_t& two) { return __habs2(reinterpret_cast<const Two<T>&>(two)); };
 
 #pragma unroll

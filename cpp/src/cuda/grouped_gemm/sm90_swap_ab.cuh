@@ -164,8 +164,7 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
       auto pack = [&](int g, int m) {
         const float a0 = d[m][g * 4] + bias[m].first, a1 = d[m][g * 4 + 1] + bias[m].first;
         const float b0 = d[m][g * 4 + 2] + bias[m].second, b1 = d[m][g * 4 + 3] + bias[m].second;
-        return pack_pair<T>(Form::apply(e, e.swapped ? b0 : a0, e.swapped ? a0 : b0),
-                            Form::apply(e, e.swapped ? b1 : a1, e.swapped ? a1 : b1));
+        return pack_pair<T>(activate_eights<Form>(e, a0, b0), activate_eights<Form>(e, a1, b1));
       };
       if constexpr (Shared::kQuantizesOut)
         if (args.quantized_out.codes) return store_quantized<kTokens>(*this, tile, pack);
@@ -197,10 +196,7 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
     constexpr int kPieces = kStoredColumns / 8;  // of 16 bytes in a row
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32,
               lane = thread % 32;
-    // A row's pieces are swizzled so that eight rows of a matrix fall into different banks.
-    auto offset = [](int row, int piece) {
-      return row * (16 * kPieces) + (piece ^ (row / (8 / kPieces) & (kPieces - 1))) * 16;
-    };
+    auto offset = [](int row, int piece) { return swizzled<kPieces>(row, piece); };
     const int to = offset(lane % (8 * kGroupsAtOnce), warp * kHalves + lane / (8 * kGroupsAtOnce));
     const int row = thread / kPieces, column = first_column + thread % kPieces * 8;
     T* out = static_cast<T*>(args.epilogue.out) + tile.row * args.epilogue.out_stride + column;
