@@ -107,6 +107,24 @@ TEST_P(GroupedGemmQuantized, EveryTiling) {
       }
 }
 
+// Several tiles for every block, an odd number in all, experts of one to four token tiles: the two blocks of
+// a pair meet the same weights, others, and the end at different times.
+TEST_P(GroupedGemmQuantized, PairsOfBlocks) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";
+  if (dtype() != DType::kBF16) GTEST_SKIP() << "tilings are those of bf16 results";
+  if (!on_hopper()) GTEST_SKIP() << "tilings are those of Hopper's kernels";
+  for (const FormatPair& p : format_pairs()) {
+    if (!p.x || !p.weights || is_fp4(p.x) || is_fp4(p.weights)) continue;
+    GemmCase c{.counts = {129, 0, 1, 130}, .n = 5120, .k = 320};
+    for (const char* policy : {"prefill=1 pairs=0", "prefill=1 pairs=1"}) {
+      c.policy = policy;
+      expect_gemm(p, c, Values::kIntegers);
+    }
+    c.activation = Activation{};
+    expect_gemm(p, c, Values::kRandom);
+  }
+}
+
 // The epilogues of tiles that end inside the last rows of weights, and of tokens.
 TEST_P(GroupedGemmQuantized, EveryTilingsEpilogue) {
   if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";

@@ -68,6 +68,8 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
   };
   const cuda::sm90::Policy few = choose(16 * kExperts), many = choose(64 * kExperts);
   EXPECT_FALSE(few.tiles().tokens_are_rows());
+  EXPECT_EQ(few.pairs, 0);
+  EXPECT_EQ(many.pairs, 1);
   EXPECT_EQ(few.tiles().token_step(), 8);
   EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::StreamK::kBytes);
   EXPECT_TRUE(many.tiles().tokens_are_rows());
@@ -99,6 +101,8 @@ TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
         EXPECT_EQ(policy.prefill, best.prefill);
         EXPECT_EQ(policy.stream_k, best.stream_k);
         EXPECT_EQ(policy.max_tokens, best.prefill ? 192 : 32);
+        EXPECT_EQ(policy.evict_weights, best.tokens == 1);
+        EXPECT_EQ(policy.pairs, 0);
       }
 }
 

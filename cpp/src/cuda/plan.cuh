@@ -244,10 +244,18 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   const int num_warps = static_cast<int>((share + 32 * kRounds - 1) / (32 * kRounds));  // that own routes
   const int warp = static_cast<int>(threadIdx.x) / 32;
   auto* scratch = reinterpret_cast<std::uint32_t*>(smem);
-  auto* offsets = reinterpret_cast<std::int32_t*>(smem + 32);
-  auto* block_counts = offsets + args.num_experts;  // read by the other blocks
-  auto* row_order = reinterpret_cast<std::uint32_t*>(block_counts + args.num_experts);
+  std::uint64_t* all_sent = smem + 32;
+  auto* offsets = reinterpret_cast<std::int32_t*>(smem + 34);
+  // The counts of every block of a cluster, each of which sends its own to all.
+  auto* block_counts = offsets + args.num_experts;
+  auto* row_order = reinterpret_cast<std::uint32_t*>(
+      block_counts + (num_blocks > 1 ? kPlanClusterBlocks * args.num_experts : 0));
   auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (args.order ? share : 0));
+  if (num_blocks > 1) {
+    if (threadIdx.x == 0) dev::init_words(all_sent);
+    __syncwarp();
+    dev::cluster_arrive_relaxed();
+  }
   zero(counts, num_warps * args.num_experts);
   ready();
 
@@ -255,29 +263,38 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   Tile<kRounds> tile;
   tile.load(args, share_begin, share_end);
   __syncthreads();
+  if (num_blocks > 1 && threadIdx.x == 0)
+    dev::expect_words(all_sent, kPlanClusterBlocks * args.num_experts * static_cast<int>(sizeof(int)));
   if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
   __syncthreads();
   const ExpertRange range(args);
-  for (int e = range.begin; e < range.end; ++e)
-    offsets[e] = block_counts[e] = sum_over_warps(counts, num_warps, args.num_experts, e);
+  if (num_blocks > 1) dev::cluster_wait();
+  for (int e = range.begin; e < range.end; ++e) {
+    const int count = sum_over_warps(counts, num_warps, args.num_experts, e);
+    offsets[e] = count;
+    if (num_blocks > 1) {
+#pragma unroll
+      for (unsigned b = 0; b < kPlanClusterBlocks; ++b)
+        dev::send_word(block_counts + self * args.num_experts + e, count, all_sent, b);
+    }
+  }
   // Phase 2: offsets of the experts, then of this block's part of each.
   int before[kMaxExpertsPerThread] = {};
   unsigned first[kMaxExpertsPerThread] = {};  // cluster: of the expert's routes in the block's own order
   unsigned num_live = 0;                      // routes of the block that have a row
   if (num_blocks > 1) {
-    dev::cluster_arrive();
-    if (args.order) {  // on the way of the barrier
+    if (args.order) {  // while the counts are on their way
       unsigned own = 0;
 #pragma unroll
       for (int i = 0; i < kMaxExpertsPerThread; ++i) {
         first[i] = own;
-        if (range.begin + i < range.end) own += static_cast<unsigned>(block_counts[range.begin + i]);
+        if (range.begin + i < range.end) own += static_cast<unsigned>(offsets[range.begin + i]);
       }
       const unsigned lower = dev::block_exclusive_scan(own, scratch + 32, &num_live, args.expert_warps);
 #pragma unroll
       for (int i = 0; i < kMaxExpertsPerThread; ++i) first[i] += lower;
     }
-    dev::cluster_wait();
+    dev::await_words(all_sent);
 #pragma unroll
     for (int i = 0; i < kMaxExpertsPerThread; ++i) {
       const int e = range.begin + i;
@@ -285,13 +302,12 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
       int total = 0;
 #pragma unroll
       for (unsigned b = 0; b < kPlanClusterBlocks; ++b) {
-        const int count = dev::load_from_block(block_counts + e, b);
+        const int count = block_counts[b * args.num_experts + e];
         total += count;
         before[i] += b < self ? count : 0;
       }
       offsets[e] = total;
     }
-    dev::cluster_arrive();  // this block reads no other's memory from here on
   }
   const int num_rows = scan_experts(args, offsets, scratch, self == 0);
   // Below the first row of the block's routes of an expert stands, 16 bits higher, where they are in its
@@ -329,7 +345,6 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
     for (unsigned i = threadIdx.x; i < num_live; i += blockDim.x)
       write_row(args, static_cast<int>(row_order[i] >> kHalf), row_order[i] & 0xFFFF);
   }
-  if (num_blocks > 1) dev::cluster_wait();  // no block leaves while another reads its counts
   clear_rows(args, num_rows);
 }
 

@@ -44,8 +44,8 @@ constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
   return std::clamp<std::int64_t>((num_routes + kPlanTile - 1) / kPlanTile, 1, kPlanMaxBlocks);
 }
 
-/// Shared memory: scan scratch, expert offsets and counts, per-warp counts and, where a block orders its
-/// routes, their order.
+/// Shared memory: scan scratch and a barrier, expert offsets, in a cluster every block's counts, per-warp
+/// counts and, where a block orders its routes, their order.
 constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num_routes,
                                       std::int64_t num_experts) {
   const bool one_launch = policy.launches == 1;
@@ -53,7 +53,8 @@ constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num
   const std::int64_t warps = one_launch ? (share + per_warp - 1) / per_warp : policy.threads / 32;
   const std::int64_t counts = (warps * num_experts * 2 + 15) / 16 * 16;
   const std::int64_t row_order = one_launch && policy.order ? share * 4 : 0;
-  return static_cast<std::size_t>(32 * 8 + num_experts * 8 + counts + row_order);
+  const std::int64_t block_counts = one_launch && policy.blocks > 1 ? policy.blocks * num_experts * 4 : 0;
+  return static_cast<std::size_t>(34 * 8 + num_experts * 4 + block_counts + counts + row_order);
 }
 
 inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_experts,

@@ -219,6 +219,23 @@ struct Owner {
   }
 };
 
+/// Asks for the units of a row that load_source() will load.
+template <class T, Source kSource, Encoding kEncoding, int kUnroll>
+__device__ __forceinline__ void prefetch_source(const QuantizeArgs& args, std::int64_t row,
+                                                const Columns<kEncoding, kUnroll>& columns) {
+  const bool interleaved = kSource == Source::kActivation && args.order == GateOrder::kInterleaved;
+  const bool halves = kSource == Source::kSiluAndMul ||
+                      (kSource == Source::kActivation && !interleaved && args.order != GateOrder::kPlain);
+  const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int column = columns.first + u * columns.step;
+    if (column >= args.cols) break;
+    dev::prefetch(x + (interleaved ? 2 * column : column));
+    if (halves) dev::prefetch(x + args.cols + column);
+  }
+}
+
 /// Of a token, the row that slot `first` + lane owns; -1 for none.
 __device__ __forceinline__ int row_of_slot(const QuantizeArgs& args, int token, int first) {
   const int slot = first + static_cast<int>(threadIdx.x) % 32;
@@ -289,6 +306,9 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
     owner.global.load(args.global_scale);
   if (kEncoding == Encoding::kTensor)
     owner.global.reciprocal = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
+  // Beside the look-up of its expert: 512 nvfp4 rows of 128 experts 5.3 -> 4.7 us on an H200. To prefetch the
+  // next row as well makes long calls up to 10 % slower.
+  if (owner.end <= begin && begin < end && !args.row_token) prefetch_source<T, kSource>(args, begin, columns);
 #pragma unroll 1
   for (int task = static_cast<int>(begin); task < end; ++task) {
     const bool another = task >= owner.end;

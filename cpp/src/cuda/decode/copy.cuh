@@ -8,14 +8,13 @@
 
 namespace moecore::cuda::decode {
 
-/// The weight warps: the first lane of warp w copies rows w * kRows to (w + 1) * kRows - 1 of a tile and,
+/// The weight warps: a lane of warp w copies rows w * kRows to (w + 1) * kRows - 1 of a tile and,
 /// where scales travel along, the windows around theirs.
 template <class Format>
 __device__ void copy_weights(const DecodeArgs& args, Smem& smem, std::byte* ring, Walk walk) {
   constexpr int kRows = kTileRows / kWeightWarps;
   constexpr bool kScales = Format::kBlock > 0;
   const int first = uniform(threadIdx.x / 32 * kRows);
-  const bool leads = threadIdx.x % 32 == 0;
   const std::uint64_t policy = policy_evict_first();
   const std::uint32_t ring_at = smem_address(ring);
   Cursor stage(args.stages), landing(args.stages);
@@ -49,7 +48,7 @@ __device__ void copy_weights(const DecodeArgs& args, Smem& smem, std::byte* ring
         ++in_flight;
       }
       __syncwarp();  // a lane that still waits must not miss the phase that the copies end
-      if (leads) {
+      if (elect_one()) {
         const std::uint32_t barrier = smem_address(&smem.weights[stage.slot]);
         const std::uint32_t to = ring_at + stage.slot * args.stage_bytes;
         int all = rows * bytes;

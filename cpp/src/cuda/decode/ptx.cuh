@@ -5,17 +5,20 @@
 
 #include "cuda/device/async.cuh"
 #include "cuda/device/mma.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace moecore::cuda::decode {
 
 using dev::barrier_arrive;
 using dev::barrier_init;
 using dev::barrier_wait;
+using dev::elect_one;
 using dev::load_acquire;
 using dev::mma;
 using dev::policy_evict_first;
 using dev::smem_address;
 using dev::store_release;
+using dev::uniform;
 
 // ---- mbarriers
 

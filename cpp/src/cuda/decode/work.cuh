@@ -259,9 +259,4 @@ __device__ __forceinline__ const std::byte* scales_of(const Product& product, co
          (max(weight_row(product, tile, i), 0) >> product.scale_row_shift) * product.scale_row_pitch;
 }
 
-/// The same value, known to the compiler to be that of all lanes.
-__device__ __forceinline__ int uniform(int value) {
-  return __shfl_sync(~0u, value, 0);
-}
-
 }  // namespace moecore::cuda::decode

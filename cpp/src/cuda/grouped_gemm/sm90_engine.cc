@@ -68,6 +68,7 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
          {"stream_k", &chosen.stream_k, {0, 1}},
          {"quantize_out", &chosen.quantize_out, {0, 1}},
+         {"pairs", &chosen.pairs, {0, 1}},
          {"evict_weights", &chosen.evict_weights, {0, 1}}});
     return chosen;
   });
@@ -80,6 +81,8 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens =
       config.tokens_are_rows() ? config.max_tokens : std::min(policy.max_tokens, config.max_tokens);
+  policy.pairs = policy.pairs && config.tokens_are_rows() && device.num_sms % 2 == 0;
+  policy.evict_weights = policy.evict_weights && !config.tokens_are_rows();
   policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
                     workspace_suffices();
   return policy;
@@ -135,10 +138,10 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
   char text[256];
   std::snprintf(
       text, sizeof(text),
-      "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s%s (about %.1f rows for each of %.0f "
+      "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s%s%s (about %.1f rows for each of %.0f "
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
-      policy.stream_k ? "stream-K" : "whole tiles",
+      policy.stream_k ? "stream-K" : "whole tiles", policy.pairs ? ", pairs of blocks share weights" : "",
       copies_rows(p, policy) ? ", rows of x put in order first" : "",
       p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
@@ -219,14 +222,16 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const s
   const cuuint64_t k = is_float ? p.k : p.k * bits / 8, n = p.n, e = p.num_experts;
   const cuuint32_t step = is_float ? 64 : family == sm90::Family::kFp8 ? 128 : 64;
   cuuint64_t dims[5] = {k, n, 1, 1, e}, strides[4] = {pitch, pitch, pitch, expert};
-  cuuint32_t box[5] = {step, static_cast<cuuint32_t>(config.rows()), 1, 1, 1};
+  // Of tiles whose tokens are rows half of the weight rows, for a block of a pair brings so many.
+  const cuuint32_t rows = config.rows() / (config.tokens_are_rows() ? 2 : 1);
+  cuuint32_t box[5] = {step, rows, 1, 1, 1};
   if (gated(p)) {
     const bool interleaved = p.activation->order == GateOrder::kInterleaved;
     const cuuint64_t row = interleaved ? 2 * pitch : pitch;
     const cuuint32_t unit = 8 * config.blocks;  // columns of out that the blocks share
     const cuuint64_t gated_dims[5] = {k, unit, 2, inter / unit, e};
     const cuuint64_t gated_strides[4] = {row, interleaved ? pitch : inter * pitch, unit * row, expert};
-    const cuuint32_t gated_box[5] = {step, 8, 2, config.rows() / (2 * unit), 1};
+    const cuuint32_t gated_box[5] = {step, 8, 2, rows / (2 * unit), 1};
     std::copy_n(gated_dims, 5, dims);
     std::copy_n(gated_strides, 4, strides);
     std::copy_n(gated_box, 5, box);
@@ -318,7 +323,8 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
                                    .block = config.threads(),
                                    .smem_bytes = kernel.smem_bytes,
                                    .stream = stream(ctx),
-                                   .dependent = true};
+                                   .dependent = true,
+                                   .cluster = dim3(policy.pairs ? 2 : 1)};
   void* pointers[] = {&maps, &args, &stream_k, &boxes, &evict_weights};
   launch_kernel("grouped_gemm", device, launch_config, kernel.function, pointers);
 }

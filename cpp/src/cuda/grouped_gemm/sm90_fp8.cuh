@@ -79,8 +79,6 @@ struct Fp8Loop {
     constexpr bool kGated = Engine::Form::kGated;
     constexpr int kGroups = kTokens / 8, kBlocks = Engine::kBlocks;
     auto& s = engine.s;
-    // One value for all lanes: descriptors then take the uniform registers' instructions.
-    auto uniform = [](int v) { return __shfl_sync(~0u, v, 0); };
     const int warpgroup = uniform(threadIdx.x / 128), q = threadIdx.x % 4;
     float p[kBlocks][kTokens / 2];
     auto issue = [&](int stage, int m) {

@@ -89,11 +89,11 @@ class Fp8PrefillPart {
   __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
     auto& s = engine_.s;
     float d[kSums] = {}, p[kSums];
+    int stage = uniform(at.stage);
 #pragma unroll 4
     for (int k = work.begin; k < work.end; ++k) {
       barrier_wait(&s.full[at.stage], at.phase);
       const Scales scales(s.extra[at.stage], token());
-      const int stage = __shfl_sync(~0u, at.stage, 0);
       const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + warpgroup_ * 64 * kLineBytes);
       const std::uint64_t weights = tile_descriptor(s.weights[stage]);
       wgmma_fence();
@@ -102,12 +102,14 @@ class Fp8PrefillPart {
       for (int kk = 1; kk < kLineBytes / 32; ++kk)
         Wgmma<E4m3Codes, kWeightRows>::op(p, tokens + kk * 2, weights + kk * 2);
       wgmma_commit();
-      wgmma_wait<0>();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
+      const int done = at.stage;
       at.advance();
+      stage = uniform(at.stage);  // while the tensor cores are at work
+      wgmma_wait<0>();
+      engine_.release(done);
       scales.add(p, d);
     }
-    if (threadIdx.x % 32 == 0) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
+    if (elect_one()) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
     finish(d);
     store(d);
   }
@@ -241,7 +243,7 @@ class Fp8PrefillPart {
     if (rows >= 16) {
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) {
+      if (elect_one()) {
 #pragma unroll
         for (int b = 0; b < kBoxes; ++b)
           if (column + b * kBoxColumns < e.columns)
@@ -277,19 +279,18 @@ struct Fp8Prefill : Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefil
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) break;
-      // One value for all lanes: descriptors then take the uniform registers' instructions.
-      const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+      const int warpgroup = uniform(threadIdx.x / 128);
       if (work.tile.rows > warpgroup * 64) {
         Fp8PrefillPart<Base>(*this, work.tile, warpgroup).compute(work, at);
         continue;
       }
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.full[at.stage], at.phase);
-        if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
+        this->release(at.stage);
         at.advance();
       }
     }
-    if (threadIdx.x % 32 == 0) wait_for_stores();
+    if (elect_one()) wait_for_stores();
   }
 };
 

@@ -6,16 +6,19 @@
 #include <cstdint>
 
 #include "cuda/device/async.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace moecore::cuda::sm90 {
 
 using dev::barrier_arrive;
 using dev::barrier_init;
 using dev::barrier_wait;
+using dev::elect_one;
 using dev::load_acquire;
 using dev::policy_evict_first;
 using dev::smem_address;
 using dev::store_release;
+using dev::uniform;
 
 // ---- mbarriers
 
@@ -26,6 +29,22 @@ __device__ __forceinline__ void barrier_init_fence() {
 __device__ __forceinline__ void barrier_arrive_expect(std::uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(smem_address(barrier)), "r"(bytes)
                : "memory");
+}
+/// What `address` in this block's shared memory is in that of block `rank` of the cluster.
+__device__ __forceinline__ std::uint32_t address_in_block(std::uint32_t address, std::uint32_t rank) {
+  std::uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+/// Arrives at a barrier of the cluster, for copies that other threads will start. With .release.cluster it
+/// would compile to a fence of the whole GPU.
+__device__ __forceinline__ void barrier_arrive_in_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _,[%0];" ::"r"(address) : "memory");
+}
+__device__ __forceinline__ std::uint32_t cluster_blocks() {
+  std::uint32_t n;
+  asm volatile("mov.u32 %0,%%cluster_nctarank;" : "=r"(n));
+  return n;
 }
 /// Arrives once all earlier cp.async of this thread have landed.
 __device__ __forceinline__ void barrier_arrive_after_copies(std::uint64_t* barrier) {
@@ -50,6 +69,16 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, std::
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0],[%1,{%3,%4,%5,%6,%7}],[%2],%8;" ::"r"(smem_address(to)),
       "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+/// The same into both blocks of a cluster, at the same places of their shared memory.
+__device__ __forceinline__ void copy_box_to_pair(void* to, const CUtensorMap* map, std::uint64_t* barrier,
+                                                 int c0, int c1, int c2, int c3, int c4) {
+  constexpr std::uint16_t kBlocks = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0],[%1,{%3,%4,%5,%6,%7}],[%2],%8;" ::"r"(smem_address(to)),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(kBlocks)
       : "memory");
 }
 /// One box of a 2-D tensor map.

@@ -14,8 +14,9 @@ namespace moecore::cuda {
 struct Tile {
   int expert;
   int weight_tile;
-  int row;   // first row of out
-  int rows;  // 1 .. max_tokens; 0: there is no such tile
+  int row;              // first row of out
+  int rows;             // 1 .. max_tokens; 0: there is no such tile
+  bool paired = false;  // with the tile whose number differs in its lowest bit: they share their weights
 };
 
 /// All threads of the block: group_tiles[g] = token tiles of experts 32g .. 32g+31. The caller synchronises.
@@ -50,6 +51,7 @@ class TileCursor {
   __device__ Tile find(int number) {
     const int weight_tiles = args_.tiles.weight_tiles;
     const int groups = (args_.num_experts + kExpertGroup - 1) / kExpertGroup;
+    const bool odd = number % 2 != 0;
     int group = group_;
     while (number >= (before_ + in_group_) * weight_tiles) {
       if (++group >= groups) return Tile{0, 0, 0, 0};
@@ -68,8 +70,9 @@ class TileCursor {
 
     const int weight_tile = number / tiles;
     const int step = args_.tiles.token_step, width = ((rows + tiles - 1) / tiles + step - 1) & -step;
-    const int first = (number - weight_tile * tiles) * width;
-    return Tile{group_ * kExpertGroup + owner, weight_tile, begin + first, min(width, rows - first)};
+    const int token_tile = number - weight_tile * tiles, first = token_tile * width;
+    return Tile{group_ * kExpertGroup + owner, weight_tile, begin + first, min(width, rows - first),
+                odd ? token_tile > 0 : token_tile + 1 < tiles};
   }
 
  private:
