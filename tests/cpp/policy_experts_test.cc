@@ -101,7 +101,7 @@ TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
         EXPECT_EQ(policy.prefill, best.prefill);
         EXPECT_EQ(policy.stream_k, best.stream_k);
         EXPECT_EQ(policy.max_tokens, best.prefill ? 192 : 32);
-        EXPECT_EQ(policy.evict_weights, best.tokens == 1);
+        EXPECT_EQ(policy.evict_weights, best.tokens == 1 || (best.tokens == 8 && weight_rows == 2880));
         EXPECT_EQ(policy.pairs, 0);
       }
 }
