@@ -107,8 +107,8 @@ TEST_P(GroupedGemmQuantized, EveryTiling) {
       }
 }
 
-// Several tiles for every block, an odd number in all, experts of one to four token tiles: the two blocks of
-// a pair meet the same weights, others, and the end at different times.
+// More tiles than SMs and an odd number of them, experts of one and of two token tiles: the two blocks of a
+// pair meet the same weights, others, and the end at different times.
 TEST_P(GroupedGemmQuantized, PairsOfBlocks) {
   if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy";
   if (dtype() != DType::kBF16) GTEST_SKIP() << "tilings are those of bf16 results";
