@@ -70,6 +70,8 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
   EXPECT_FALSE(few.tiles().tokens_are_rows());
   EXPECT_EQ(few.pairs, 0);
   EXPECT_EQ(many.pairs, 1);
+  constexpr FormPair kTokens{OperandForm::kFp8Token, OperandForm::kFp8Token};
+  EXPECT_EQ(cuda::sm90::select_policy(kTokens, 64 * kExperts, kExperts, 1536, kDepth, 132).pairs, 0);
   EXPECT_EQ(few.tiles().token_step(), 8);
   EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::StreamK::kBytes);
   EXPECT_TRUE(many.tiles().tokens_are_rows());
