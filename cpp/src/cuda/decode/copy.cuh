@@ -57,7 +57,7 @@ __device__ void copy_weights(const DecodeArgs& args, Smem& smem, std::byte* ring
           for (int r = 0; r < kRows; ++r)
             if (there[r]) all += scale_window<Format>(scales[r], k, depth).bytes;
         }
-        barrier_arrive_expect(barrier, all);
+        barrier_arrive_expect(&smem.weights[stage.slot], all);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (!there[r]) continue;
@@ -129,7 +129,7 @@ __device__ inline void copy_tokens(const DecodeArgs& args, Smem& smem, std::byte
       barrier_wait(&smem.empty[stage.slot], stage.parity ^ 1);
       __syncwarp();
       const std::uint32_t barrier = smem_address(&smem.tokens[stage.slot]);
-      if (lane == 0) barrier_arrive_expect(barrier, rows * bytes);
+      if (lane == 0) barrier_arrive_expect(&smem.tokens[stage.slot], rows * bytes);
       __syncwarp();
       if (i < tile.rows)
         copy_row(smem_address(to) + stage.slot * args.stage_bytes, from + std::int64_t{k} * 2, bytes,

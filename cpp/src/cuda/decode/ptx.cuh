@@ -10,6 +10,7 @@
 namespace moecore::cuda::decode {
 
 using dev::barrier_arrive;
+using dev::barrier_arrive_expect;
 using dev::barrier_init;
 using dev::barrier_wait;
 using dev::elect_one;
@@ -22,10 +23,6 @@ using dev::uniform;
 
 // ---- mbarriers
 
-/// Arrives, and makes the phase wait for `bytes` of copies too. The barrier by its address in shared memory.
-__device__ __forceinline__ void barrier_arrive_expect(std::uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 /// Over some warps of the block.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory");

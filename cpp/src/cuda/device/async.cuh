@@ -18,6 +18,15 @@ __device__ __forceinline__ void barrier_init(std::uint64_t* barrier, int arrival
 __device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(smem_address(barrier)) : "memory");
 }
+/// Barriers initialised so far exist for the copy engine and for the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+/// Arrives, and makes the phase wait for `bytes` of copies too.
+__device__ __forceinline__ void barrier_arrive_expect(std::uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
   std::uint32_t done;
   do {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/device/async.cuh"
+
 namespace moecore::cuda::dev {
 
 /// A value that all lanes have, so that the compiler knows it too: for addresses in uniform registers.
@@ -69,18 +71,14 @@ __device__ __forceinline__ void cluster_wait() {
 /// By one thread of a block, before cluster_arrive_relaxed() of all; who sends has passed cluster_wait().
 __device__ __forceinline__ void init_words(std::uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],1;\nfence.mbarrier_init.release.cluster;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-               : "memory");
+  barrier_init(barrier, 1);
+  barrier_init_fence();
 #endif
 }
 /// By one thread, after a barrier of the block. Words may have come before.
 __device__ __forceinline__ void expect_words(std::uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
-               "r"(bytes)
-               : "memory");
+  barrier_arrive_expect(barrier, bytes);
 #endif
 }
 /// The word `to` and its barrier are those of block `rank`, by the addresses that they have in this one.
@@ -90,22 +88,21 @@ __device__ __forceinline__ void send_word(const int* to, int value, const std::u
   asm volatile(
       "{ .reg .u32 to, barrier; mapa.shared::cluster.u32 to,%0,%3; mapa.shared::cluster.u32 barrier,%2,%3;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [to],%1,[barrier]; }" ::"r"(
-          static_cast<unsigned>(__cvta_generic_to_shared(to))),
-      "r"(value), "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(rank)
+          smem_address(to)),
+      "r"(value), "r"(smem_address(barrier)), "r"(rank)
       : "memory");
 #endif
 }
 /// Until all bytes are there.
 __device__ __forceinline__ void await_words(std::uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
   unsigned done;
   do {
     asm volatile(
         "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],0; selp.u32 "
         "%0,1,0,p; }"
         : "=r"(done)
-        : "r"(at)
+        : "r"(smem_address(barrier))
         : "memory");
   } while (!done);
 #endif

@@ -11,7 +11,9 @@
 namespace moecore::cuda::sm90 {
 
 using dev::barrier_arrive;
+using dev::barrier_arrive_expect;
 using dev::barrier_init;
+using dev::barrier_init_fence;
 using dev::barrier_wait;
 using dev::elect_one;
 using dev::load_acquire;
@@ -22,14 +24,6 @@ using dev::uniform;
 
 // ---- mbarriers
 
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-/// Arrives, and makes the phase wait for `bytes` of copies too.
-__device__ __forceinline__ void barrier_arrive_expect(std::uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(smem_address(barrier)), "r"(bytes)
-               : "memory");
-}
 /// What `address` in this block's shared memory is in that of block `rank` of the cluster.
 __device__ __forceinline__ std::uint32_t address_in_block(std::uint32_t address, std::uint32_t rank) {
   std::uint32_t remote;
