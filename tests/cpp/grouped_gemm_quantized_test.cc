@@ -16,24 +16,9 @@ namespace {
 
 class GroupedGemmQuantized : public GemmTest {
  protected:
-  /// Whether Hopper's kernels take products here.
-  bool on_hopper() const {
-    const Tensor x(device(), DType::kBF16, {8, 64}), w(device(), DType::kBF16, {1, 64, 64}),
-        offsets(device(), DType::kI32, Array({2}, {0, 8}));
-    Tensor out(device(), DType::kBF16, {8, 64});
-    Call call(device(), grouped_gemm_workspace_bytes(8, 64, 64, 1, DType::kBF16, device()));
-    std::string text;
-    call.context().explain = &text;
-    grouped_gemm(x.read_only(), w.read_only(), offsets.read_only(), out, {}, call);
-    return text.find("wgmma") != text.npos;
-  }
-
-  /// Why the tilings of Hopper's kernels cannot be tested here; empty where they can.
   std::string no_tilings() const {
-    if (device().type != DeviceType::kCUDA) return "a CUDA policy, which the cuda instances take";
     if (dtype() != DType::kBF16) return "tilings are those of bf16 results, which the bf16 instance has";
-    if (!on_hopper()) return "tilings are those of Hopper's kernels: needs a GPU of compute capability 9.0";
-    return "";
+    return GemmTest::no_tilings();
   }
 
   void for_all_pairs(const GemmCase& c, Values kind) {

@@ -107,6 +107,36 @@ TEST_P(GroupedGemm, FusedReluIsExactOnIntegers) {
       }
 }
 
+TEST_P(GroupedGemm, EveryTiling) {
+  if (dtype() == DType::kF32) GTEST_SKIP() << "f32 has no tilings, bf16 and f16 have";
+  if (const std::string why = no_tilings(); !why.empty()) GTEST_SKIP() << why;
+  for (const char* policy :
+       {"prefill=0 stream_k=0", "prefill=0 stream_k=1", "prefill=1 pairs=0", "prefill=1 pairs=1"})
+    for (bool gather : {false, true}) {
+      GemmCase c{.counts = {190, 0, 1, 95, 7}, .n = 576, .k = 328, .spare_rows = 3, .gather = gather};
+      c.policy = policy;
+      expect_gemm(c, Values::kIntegers);
+      for (GateOrder order : {GateOrder::kGateUp, GateOrder::kUpGate, GateOrder::kInterleaved}) {
+        c.activation = Activation{.order = order};
+        expect_gemm(c, Values::kRandom);
+      }
+    }
+}
+
+// More tiles than SMs and an odd number of them, experts of one and of two token tiles: the two blocks of a
+// pair meet the same weights, others, and the end at different times.
+TEST_P(GroupedGemm, PairsOfBlocks) {
+  if (dtype() == DType::kF32) GTEST_SKIP() << "f32 has no tilings, bf16 and f16 have";
+  if (const std::string why = no_tilings(); !why.empty()) GTEST_SKIP() << why;
+  for (bool gather : {false, true}) {
+    GemmCase c{.counts = {177, 0, 1, 178}, .n = 6912, .k = 200, .gather = gather};
+    c.policy = "prefill=1 pairs=1";
+    expect_gemm(c, Values::kIntegers);
+    c.activation = Activation{};
+    expect_gemm(c, Values::kRandom);
+  }
+}
+
 TEST_P(GroupedGemm, BitsDoNotDependOnThreadsOrRepeats) {
   Random random(8);
   const std::int64_t num_experts = 6, n = 200, k = 333, num_rows = 90;

@@ -70,8 +70,6 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
   EXPECT_FALSE(few.tiles().tokens_are_rows());
   EXPECT_EQ(few.pairs, 0);
   EXPECT_EQ(many.pairs, 1);
-  constexpr FormPair kTokens{OperandForm::kFp8Token, OperandForm::kFp8Token};
-  EXPECT_EQ(cuda::sm90::select_policy(kTokens, 64 * kExperts, kExperts, 1536, kDepth, 132).pairs, 0);
   EXPECT_EQ(few.tiles().token_step(), 8);
   EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::StreamK::kBytes);
   EXPECT_TRUE(many.tiles().tokens_are_rows());
@@ -84,6 +82,23 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
       EXPECT_EQ(config.token_step() & (config.token_step() - 1), 0) << config.name;
       EXPECT_TRUE(!config.tokens_are_rows() || config.box_tokens > 0) << config.name;
     }
+}
+
+// From two token tiles an expert on, and where pairing costs nothing.
+TEST(PolicyGroupedGemm, BlocksPairWhereTheyMeetTheSameWeights) {
+  auto pairs = [](FormPair forms, std::int64_t rows_per_expert) {
+    constexpr std::int64_t kExperts = 128;
+    return cuda::sm90::select_policy(forms, rows_per_expert * kExperts, kExperts, 1536, 2048, 132).pairs;
+  };
+  for (OperandForm form : {OperandForm::kFp8Block128, OperandForm::kFp8Token, OperandForm::kFp8Tensor}) {
+    EXPECT_EQ(pairs({form, form}, 16), 0);
+    EXPECT_EQ(pairs({form, form}, 64), 1);
+    EXPECT_EQ(pairs({form, form}, 256), 1);
+  }
+  EXPECT_EQ(pairs({}, 16), 0);
+  EXPECT_EQ(pairs({}, 128), 0);
+  EXPECT_EQ(pairs({}, 256), 1);
+  EXPECT_EQ(pairs({OperandForm::kFloat, OperandForm::kMxfp4}, 256), 0);
 }
 
 // gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.

@@ -50,7 +50,10 @@ inline PermutePolicy select_permute_policy(const PermuteProblem& p, int num_sms,
   const std::int64_t rows = policy.by_token ? p.x_rows : p.out_rows;
   const std::int64_t vectors = std::max<std::int64_t>(1, p.row_bytes / policy.vector_bytes);
   const bool many = rows >= kManyBlocksPerSm * num_sms;
-  policy.unroll = !many ? 1 : written > 2 * l2_bytes ? 4 : 2;
+  // An H200, T = 1024: with 33 MB to write four vectors are 8 % faster than two by token, with 24 MB 15 %
+  // slower.
+  const std::uint64_t much = policy.by_token ? l2_bytes / 2 : 2 * l2_bytes;
+  policy.unroll = !many ? 1 : written > much ? 4 : 2;
   const std::int64_t warps_of_row = (vectors + 32 * policy.unroll - 1) / (32 * policy.unroll);
   const std::int64_t least = (warps_of_row * 32 + kMaxThreads - 1) / kMaxThreads;
   const std::int64_t wanted = kFewBlocksPerSm * num_sms / std::max<std::int64_t>(1, rows);

@@ -28,6 +28,19 @@ std::size_t GemmTest::workspace(const FormatPair& p, std::int64_t rows, std::int
   return grouped_gemm_workspace_bytes(rows, n, k, num_experts, dtype(), device(), p.x, p.weights);
 }
 
+std::string GemmTest::no_tilings() const {
+  if (device().type != DeviceType::kCUDA) return "a CUDA policy, which the cuda instances take";
+  const Tensor x(device(), DType::kBF16, {8, 64}), w(device(), DType::kBF16, {1, 64, 64}),
+      offsets(device(), DType::kI32, Array({2}, {0, 8}));
+  Tensor out(device(), DType::kBF16, {8, 64});
+  Call call(device(), grouped_gemm_workspace_bytes(8, 64, 64, 1, DType::kBF16, device()));
+  std::string text;
+  call.context().explain = &text;
+  moecore::grouped_gemm(x.read_only(), w.read_only(), offsets.read_only(), out, {}, call);
+  if (text.find("wgmma") != text.npos) return "";
+  return "tilings are those of Hopper's kernels: needs a GPU of compute capability 9.0";
+}
+
 void GemmTest::expect_gemm(const FormatPair& p, GemmCase c, Values kind) {
   if (is_fp4(p.x) || is_fp4(p.weights)) c.k += c.k % 2;
   SCOPED_TRACE(::testing::Message() << p.name << " " << c);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -33,6 +34,9 @@ class GemmTest : public OnDeviceDType {
  protected:
   std::size_t workspace(const FormatPair& p, std::int64_t rows, std::int64_t n, std::int64_t k,
                         std::int64_t num_experts) const;
+
+  /// Why the tilings of Hopper's kernels cannot be tested here; empty where they can.
+  std::string no_tilings() const;
 
   /// The product of a case against the one in double: exact for integers, within the bound otherwise.
   void expect_gemm(const FormatPair& p, GemmCase c, Values kind);

@@ -29,6 +29,7 @@ struct TileConfig {
   int weight_columns = 0;
   int warpgroups = 2;  // that compute
   int blocks = 2;      // of 64 weight rows in each of them
+  bool pairs = false;  // blocks can work in pairs, which share weights
   const char* instruction = "wgmma";
 
   /// Columns of out that a gated tile has.
@@ -41,6 +42,8 @@ struct TileConfig {
   constexpr int rows() const {  // of weights in a tile
     return tokens_are_rows() ? weight_columns : 64 * warpgroups * blocks;
   }
+  /// Boxes that bring the weight rows of a step.
+  constexpr int weight_boxes(bool gated) const { return pairs ? 2 : gated ? blocks : 1; }
   /// What the tokens of a tile are rounded up to.
   constexpr int token_step() const { return tokens_are_rows() ? max_tokens : 8; }
 };
@@ -49,7 +52,7 @@ enum class Tiling { kDecode, kPrefill };
 
 inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false, .box_tokens = 16}},
+     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false, .box_tokens = 16, .pairs = true}},
     {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
      {.name = "prefill",
       .max_tokens = 128,
@@ -57,7 +60,8 @@ inline constexpr TileConfig kTileConfigs[][2] = {
       .stream_k = false,
       .box_tokens = 64,
       .weight_columns = 192,
-      .blocks = 1}},
+      .blocks = 1,
+      .pairs = true}},
     {{.name = "decode",
       .max_tokens = 32,
       .stages = 8,

@@ -108,7 +108,7 @@ template <OperandForm kWeights>
 struct DecodedLoop {
   static constexpr bool kMx = kWeights == OperandForm::kMxfp4;
   static constexpr Family kFamily = Family::kDecoded;
-  static constexpr bool kSharedSources = true, kQuantizesOut = false;
+  static constexpr bool kExtras = false, kSharedSources = true, kQuantizesOut = false;
   using Element = __nv_bfloat16;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = kDecodedStepK, kStepElements = kStepK / 2, kWeightLineBytes = kStepK / 2,
@@ -120,22 +120,22 @@ struct DecodedLoop {
   static constexpr int kExponent = kMx ? 2 : 14;
 
   template <int kMaxTokens>
-  struct Extra {};
+  using Extra = NoExtra;
+  template <class Engine>
+  using Gather = NoGather;
 
   /// The first lines of scales come from memory before the main loop asks for them.
   template <class Engine>
-  struct Gather {
-    __device__ Gather(const Engine& engine, const Work& work, int thread) {
-      const ScaleArgs& scales = engine.args.weight_scales;
-      const std::byte* from =
-          scales.data + work.tile.expert * scales.expert_pitch + work.begin * ScaleStream<kMx, 1>::kStepBytes;
+  static __device__ __forceinline__ void prefetch(const Engine& engine, const Work& work, int thread,
+                                                  int threads) {
+    const ScaleArgs& scales = engine.args.weight_scales;
+    const std::byte* from =
+        scales.data + work.tile.expert * scales.expert_pitch + work.begin * ScaleStream<kMx, 1>::kStepBytes;
 #pragma unroll 1  // few registers: the token rows have them
-      for (int row = thread; row < Engine::kTileRows; row += kGatherThreads)
-        asm volatile(
-            "prefetch.global.L2 [%0];" ::"l"(from + engine.tile_row(work.tile, row) * scales.row_pitch));
-    }
-    __device__ void copy(int, int) {}
-  };
+    for (int row = thread; row < Engine::kTileRows; row += threads)
+      asm volatile(
+          "prefetch.global.L2 [%0];" ::"l"(from + engine.tile_row(work.tile, row) * scales.row_pitch));
+  }
 
   /// What the fields of a row are multiplied by, in words 0, 1 and 2, 3.
   struct Factor {
@@ -250,7 +250,7 @@ struct DecodedLoop {
       }
       scales.refill(j);
       __syncwarp();
-      if (lane == 0) barrier_arrive(&s.empty[at.stage]);
+      engine.release(at.stage);
       at.advance();
     };
     auto multiply_steps = [&]<bool kTwice>(int steps) {
@@ -292,7 +292,7 @@ struct DecodedLoop {
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         wgmma_wait<1>();
-        if (v == 1 && k > work.begin && lane == 0) barrier_arrive(&s.empty[previous]);
+        if (v == 1 && k > work.begin) engine.release(previous);
         auto decode_word = [&]<bool kTwice>() {
           const Factor factor[2] = {factor_of<kTwice>(scales[0][0]), factor_of<kTwice>(scales[0][1])};
           decode_rows<kTwice>(words, v, factor, a[v % 2]);
@@ -316,7 +316,7 @@ struct DecodedLoop {
       at.advance();
     }
     wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(&s.empty[previous]);
+    engine.release(previous);
   }
 
   /// f<width>() for the narrowest of the multiples of 16 that holds `sixteenths` of them.

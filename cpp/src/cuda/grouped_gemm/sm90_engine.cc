@@ -81,7 +81,7 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens =
       config.tokens_are_rows() ? config.max_tokens : std::min(policy.max_tokens, config.max_tokens);
-  policy.pairs = policy.pairs && config.tokens_are_rows() && device.num_sms % 2 == 0;
+  policy.pairs = policy.pairs && config.pairs && device.num_sms % 2 == 0;
   policy.evict_weights = policy.evict_weights && !config.tokens_are_rows();
   policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
                     workspace_suffices();
@@ -211,9 +211,10 @@ CUtensorMap out_map(const GroupedGemmProblem& p) {
 }
 
 /// The weight rows of a tile for one step of K, in units of `elements` codes (fp4 counts bytes).
-///   plain: dimensions (K, N, 1, 1, E), one box (step, rows, 1, 1, 1).
-///   gated: dimensions (K, 8b, 2, I/8b, E), a box (step, 8, 2, rows/16b, 1) for each of b blocks: eight gate
+///   plain: dimensions (K, N, 1, 1, E), boxes (step, rows, 1, 1, 1).
+///   gated: dimensions (K, 8b, 2, I/8b, E) for b blocks, boxes (step, 8, 2, rows/16, 1): eight gate
 ///          rows, eight up rows, and so on, whether the checkpoint holds them as two halves or row by row.
+/// `rows` are what one of a step's boxes brings.
 CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const sm90::TileConfig& config) {
   const bool is_float = family == sm90::Family::kFloat;
   const cuuint64_t bits = element_bits(p.weight_scales.form, p.dtype);
@@ -222,8 +223,7 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const s
   const cuuint64_t k = is_float ? p.k : p.k * bits / 8, n = p.n, e = p.num_experts;
   const cuuint32_t step = is_float ? 64 : family == sm90::Family::kFp8 ? 128 : 64;
   cuuint64_t dims[5] = {k, n, 1, 1, e}, strides[4] = {pitch, pitch, pitch, expert};
-  // Of tiles whose tokens are rows half of the weight rows, for a block of a pair brings so many.
-  const cuuint32_t rows = config.rows() / (config.tokens_are_rows() ? 2 : 1);
+  const cuuint32_t rows = config.rows() / config.weight_boxes(gated(p));
   cuuint32_t box[5] = {step, rows, 1, 1, 1};
   if (gated(p)) {
     const bool interleaved = p.activation->order == GateOrder::kInterleaved;
@@ -231,7 +231,7 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const s
     const cuuint32_t unit = 8 * config.blocks;  // columns of out that the blocks share
     const cuuint64_t gated_dims[5] = {k, unit, 2, inter / unit, e};
     const cuuint64_t gated_strides[4] = {row, interleaved ? pitch : inter * pitch, unit * row, expert};
-    const cuuint32_t gated_box[5] = {step, 8, 2, rows / (2 * unit), 1};
+    const cuuint32_t gated_box[5] = {step, 8, 2, rows / 16, 1};
     std::copy_n(gated_dims, 5, dims);
     std::copy_n(gated_strides, 4, strides);
     std::copy_n(gated_box, 5, box);

@@ -7,9 +7,9 @@
 namespace moecore::cuda::sm90 {
 
 template <class T>
-struct FloatLoop {
+struct FloatLoop : NoPrefetch {
   static constexpr Family kFamily = Family::kFloat;
-  static constexpr bool kSharedSources = false, kQuantizesOut = false;
+  static constexpr bool kExtras = false, kSharedSources = false, kQuantizesOut = false;
   using Element = T;
   using Out = T;
   static constexpr int kStepK = 64, kStepElements = 64, kWeightLineBytes = kLineBytes, kTokenLines = 1;
@@ -18,12 +18,9 @@ struct FloatLoop {
   using Widths = every_width<kFamily, kTiling>;
 
   template <int kMaxTokens>
-  struct Extra {};
+  using Extra = NoExtra;
   template <class Engine>
-  struct Gather {
-    __device__ Gather(const Engine&, const Work&, int) {}
-    __device__ void copy(int, int) {}
-  };
+  using Gather = NoGather;
 
   template <int kTokens, class Engine>
   static __device__ __forceinline__ void multiply(const Engine& engine, const Work& work,
@@ -47,12 +44,12 @@ struct FloatLoop {
                                 tokens + kk * 2);
       wgmma_commit();
       wgmma_wait<1>();
-      if (k > work.begin && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+      if (k > work.begin) engine.release(previous);
       previous = at.stage;
       at.advance();
     }
     wgmma_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[previous]);
+    engine.release(previous);
   }
 };
 

@@ -16,9 +16,9 @@
 namespace moecore::cuda::sm90 {
 
 template <bool kBlockScales>
-struct Fp8Loop {
+struct Fp8Loop : NoPrefetch {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr bool kSharedSources = false, kQuantizesOut = kBlockScales;
+  static constexpr bool kExtras = kBlockScales, kSharedSources = false, kQuantizesOut = kBlockScales;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepK = 128, kStepElements = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;
@@ -132,7 +132,7 @@ struct Fp8Loop {
       if (kBlockScales) first = tokens[0];
       wgmma_wait<0>();
       add(1, tokens, first, w[1]);
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[at.stage]);
+      engine.release(at.stage);
       at.advance();
     }
     if constexpr (!kBlockScales) scale_rows<kTokens>(engine, work.tile, d);

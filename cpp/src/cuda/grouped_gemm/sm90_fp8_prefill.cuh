@@ -21,9 +21,9 @@ namespace moecore::cuda::sm90 {
 
 /// A step of it.
 template <bool kBlockScales>
-struct Fp8PrefillLoop {
+struct Fp8PrefillLoop : NoPrefetch {
   static constexpr Family kFamily = Family::kFp8;
-  static constexpr bool kHasBlockScales = kBlockScales, kSharedSources = false, kQuantizesOut = false;
+  static constexpr bool kExtras = kBlockScales, kSharedSources = false, kQuantizesOut = false;
   using Element = std::uint8_t;
   using Out = __nv_bfloat16;
   static constexpr int kStepElements = 128, kStepK = 128, kWeightLineBytes = kLineBytes, kTokenLines = 1;
@@ -117,7 +117,7 @@ class Fp8PrefillPart {
  private:
   using Loop = typename Engine::Loop;
   using Out = typename Loop::Out;
-  static constexpr bool kBlockScales = Loop::kHasBlockScales;
+  static constexpr bool kBlockScales = Loop::kExtras;
   static constexpr int kWeightRows = Loop::kWeightRows, kRuns = Loop::kRuns;
   static constexpr bool kGated = Engine::Form::kGated;
   static constexpr int kSums = kWeightRows / 2, kGroups = kWeightRows / 8;
@@ -280,15 +280,10 @@ struct Fp8Prefill : Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefil
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) break;
       const int warpgroup = uniform(threadIdx.x / 128);
-      if (work.tile.rows > warpgroup * 64) {
+      if (work.tile.rows > warpgroup * 64)
         Fp8PrefillPart<Base>(*this, work.tile, warpgroup).compute(work, at);
-        continue;
-      }
-      for (int k = work.begin; k < work.end; ++k) {
-        barrier_wait(&s.full[at.stage], at.phase);
-        this->release(at.stage);
-        at.advance();
-      }
+      else
+        this->pass_over(work, at);
     }
     if (elect_one()) wait_for_stores();
   }

@@ -4,14 +4,14 @@
 //
 //   out[r, f] = epilogue(sum_k weights[e(r), f, k] * x[row(r), k]), f32 accumulation
 //
-// The block has 2, 3 or 4 warpgroups that compute, and one that brings what they read:
-//   its first warp  copies weights with the copy engine and says what a step belongs to; of wide tiles also
-//                   the token rows, where a tile's stand one behind the other in x (`boxes`);
-//   the other three gather token rows by number, with cp.async, in the 128-byte swizzle of the copy engine,
-//                   and what else a step needs. Beside busy tensor cores cp.async brings some 15 bytes a
-//                   clock, which feeds bf16 but not fp8. Where rows come as boxes only, one warp is enough;
-//   those before    multiply over a ring of steps of K, then run the epilogue.
-// full[s]: the copied bytes and the gathering threads have arrived. empty[s]: all consumer warps are done.
+// The block has 2, 3 or 4 warpgroups that compute, and one that brings what they read. Of this one
+//   warp 0  copies weights with the copy engine and says what a step belongs to;
+//   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`). Otherwise
+//           warps 1 to 3 gather them by number, with cp.async, in the 128-byte swizzle of the copy engine.
+//           Beside busy tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
+//   warp 2  brings what else a step needs, where no warp gathers.
+// The others multiply over a ring of steps of K, then run the epilogue.
+// full[s]: all that copy and gather have arrived, and the bytes. empty[s]: all consumer warps are done.
 //
 // The weight rows of a step stand as [block][warpgroup][64]. When gated, every block is a box of its own that
 // alternates eight gate and eight up rows; of two blocks the first has columns 0-7 of every 16 and the second
@@ -32,8 +32,10 @@
 //   kStepK                   depth of a step
 //   kWeightLineBytes         of a step, of one weight row
 //   kTokenLines              lines of 128 bytes in a step of one token
-//   Extra                    what else a stage of the ring holds
-//   Gather                   the gathering threads' part of it: Gather(engine, work, thread).copy(stage, k)
+//   kExtras, Extra           whether a stage of the ring holds more than weights and tokens, and what
+//   Gather                   a thread's part of that: Gather(engine, work, thread).copy(stage, k)
+//   prefetch                 asks for the first of what does not come through the ring:
+//                            prefetch(engine, work, thread, threads)
 //   kSharedSources           whether the places of a wide tile's rows stand in shared memory (fp4 is faster,
 //                            bf16 5 to 9 % slower)
 //   kQuantizesOut            whether gated tiles that hold whole blocks of scales can leave their rows as
@@ -61,6 +63,19 @@ struct Work {
   Tile tile;
   int number;  // of the tile
   int begin, end;
+};
+
+/// Of loops whose stages hold weights and tokens alone.
+struct NoExtra {};
+struct NoGather {
+  template <class Engine>
+  __device__ NoGather(const Engine&, const Work&, int) {}
+  __device__ void copy(int, int) {}
+};
+/// Of loops that read everything from the ring.
+struct NoPrefetch {
+  template <class Engine>
+  static __device__ void prefetch(const Engine&, const Work&, int, int) {}
 };
 
 template <class Loop, Tiling kTiling>
@@ -113,7 +128,7 @@ struct Pipeline {
   using Ring = RingPosition<kConfig.stages>;
   static constexpr int kMaxTokens = kConfig.max_tokens;
   static constexpr int kBoxTokens = kConfig.box_tokens;
-  static constexpr bool kTokensAreRows = kConfig.tokens_are_rows();
+  static constexpr bool kTokensAreRows = kConfig.tokens_are_rows(), kPairs = kConfig.pairs;
   static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
   static constexpr int kTileRows = kConfig.rows(), kBlockRows = kTileRows / kBlocks;  // of weights
@@ -127,6 +142,7 @@ struct Pipeline {
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
                 (kWarpgroups + 1) * kLaunchRegisters);
   static_assert(kConfig.whole_boxes());
+  static_assert(kTokensAreRows || kBoxTokens == 0 || !Loop::kExtras);  // no warp would bring them
   static_assert(!kConfig.stream_k ||
                 (kWarpgroups <= StreamK::kMaxWarpgroups && kTileRows * kMaxTokens <= StreamK::kSlotFloats));
 
@@ -166,7 +182,7 @@ struct Pipeline {
       } else {
         next_ += gridDim.x;
       }
-      if (kTokensAreRows && engine_.pairs && work.number >= engine_.tiles) {
+      if (kPairs && engine_.pairs && work.number >= engine_.tiles) {
         if (work.number == engine_.tiles && work.number % 2 != 0) work.tile.rows = kGoesAlong;
         return work;
       }
@@ -183,108 +199,121 @@ struct Pipeline {
   /// A consumer warp is done with a stage, which both blocks of a pair refill.
   __device__ __forceinline__ void release(int stage) const {
     const std::uint32_t lane = threadIdx.x % 32, empty = smem_address(&s.empty[stage]);
-    if (pairs) {
+    if (kPairs && pairs) {
       if (lane < 2) barrier_arrive_in_cluster(address_in_block(empty, lane));
     } else if (lane == 0) {
       barrier_arrive(&s.empty[stage]);
     }
   }
 
-  // ---- the warp that copies
-  __device__ __forceinline__ void copy_boxes(bool evict_weights) {
+  /// A consumer warp's steps of work in which it has no part.
+  __device__ __forceinline__ void pass_over(const Work& work, Ring& at) const {
+    for (int k = work.begin; k < work.end; ++k) {
+      barrier_wait(&s.full[at.stage], at.phase);
+      release(at.stage);
+      at.advance();
+    }
+  }
+
+  // ---- the warps that copy
+  /// One warp: steps_of(work, at) by one thread, for each work item and, with no rows, for the word that
+  /// there is no more.
+  template <class StepsOf>
+  __device__ __forceinline__ void for_each_work(const StepsOf& steps_of) const {
     Queue queue(*this);
     Ring at;
     for (;;) {
       const Work work = queue.pop();
-      if (elect_one()) copy_steps(work, at, evict_weights);
-      __syncwarp();
+      steps_of(work, at);
       if (work.tile.rows == 0) return;
       at.advance(work.end - work.begin);
     }
   }
 
-  /// One thread: the ring's steps of one work item, or the word that there is no more.
-  __device__ __forceinline__ void copy_steps(const Work& work, Ring at, bool evict_weights) {
-    const Tile& tile = work.tile;
-    if (tile.rows == 0) {
+  /// One thread: arrives at every step of the work item, with `bytes` that copy(k, stage) brings.
+  template <class Copy>
+  __device__ __forceinline__ void produce(const Work& work, Ring at, int bytes, const Copy& copy) const {
+    const int end = work.tile.rows == 0 ? work.begin + 1 : work.end;
+    for (int k = work.begin; k < end; ++k) {
       barrier_wait(&s.empty[at.stage], at.phase ^ 1);
-      s.work[at.stage] = work;
-      barrier_arrive(&s.full[at.stage]);
-      return;
-    }
-    const int token_boxes = token_boxes_of(tile);
-    const int bytes = (tile.rows > 0 ? Shared::kWeightBytes : 0) +
-                      token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes);
-    for (int k = work.begin; k < work.end; ++k) {
-      barrier_wait(&s.empty[at.stage], at.phase ^ 1);
-      std::uint64_t* full = &s.full[at.stage];
-      if (k == work.begin) s.work[at.stage] = work;
-      barrier_arrive_expect(full, bytes);
-      if constexpr (kTokensAreRows) {
-        if (tile.rows > 0) share_weight_rows(tile, k, s.weights[at.stage], full);
+      if (bytes > 0) {
+        barrier_arrive_expect(&s.full[at.stage], bytes);
+        copy(k, at.stage);
       } else {
-        copy_weight_rows(maps.weights, tile, k, s.weights[at.stage], full, evict_weights);
+        barrier_arrive(&s.full[at.stage]);
       }
-      copy_token_rows(maps.x, tile, k, token_boxes, s.tokens[at.stage], full);
       at.advance();
     }
   }
 
-  /// One box of all rows; when gated, one for each block.
-  static __device__ __forceinline__ void copy_weight_rows(const CUtensorMap& map, const Tile& tile, int step,
-                                                          std::byte* to, std::uint64_t* full, bool evict) {
-    constexpr int kBoxes = Form::kGated ? kBlocks : 1;
-    const int k = step * Loop::kStepElements;
-#pragma unroll
-    for (int b = 0; b < kBoxes; ++b) {
-      const int row = Form::kGated ? 8 * b : tile.weight_tile * kTileRows;
-      const int units = Form::kGated ? tile.weight_tile * (kTileColumns / (8 * kBlocks)) : 0;
-      std::byte* box = to + b * (kTileRows / kBoxes) * Loop::kWeightLineBytes;
-      if (evict)
-        copy_box(box, &map, full, k, row, 0, units, tile.expert, policy_evict_first());
-      else
-        copy_box(box, &map, full, k, row, 0, units, tile.expert);
-    }
+  __device__ __forceinline__ void copy_weights(bool evict) const {
+    for_each_work([&](const Work& work, Ring at) {
+      if (elect_one()) {
+        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        s.work[at.stage] = work;
+        produce(work, at, work.tile.rows > 0 ? Shared::kWeightBytes : 0,
+                [&](int k, int stage) { copy_weight_rows(work.tile, k, stage, evict); });
+      }
+      __syncwarp();
+    });
   }
 
-  /// Half of the rows for both blocks of a pair, or both halves for this one.
-  __device__ __forceinline__ void share_weight_rows(const Tile& tile, int step, std::byte* to,
-                                                    std::uint64_t* full) const {
-    constexpr int kHalf = kTileRows / 2;
-    static_assert(!kTokensAreRows || kHalf % 16 == 0);  // eights of gate and up rows by turns
+  __device__ __forceinline__ void copy_tokens() const {
+    for_each_work([&](const Work& work, Ring at) {
+      if (work.tile.rows > 0) Loop::prefetch(*this, work, threadIdx.x % 32, 32);
+      if (elect_one()) {
+        const int token_boxes = token_boxes_of(work.tile);
+        produce(work, at, token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes),
+                [&](int k, int stage) { copy_token_rows(work.tile, k, token_boxes, stage); });
+      }
+      __syncwarp();
+    });
+  }
+
+  /// One box of all rows; when gated, one for each block. Where blocks can work in pairs two boxes, of which
+  /// each block of a pair brings one for both.
+  __device__ __forceinline__ void copy_weight_rows(const Tile& tile, int step, int stage, bool evict) const {
+    constexpr int kBoxes = kConfig.weight_boxes(Form::kGated), kBoxRows = kTileRows / kBoxes;
+    constexpr int kUnit = 8 * kBlocks;  // columns of out that gated blocks share
+    static_assert(kBoxRows % 16 == 0);  // eights of gate and up rows by turns
     const int k = step * Loop::kStepElements;
+    std::uint64_t* full = &s.full[stage];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Form::kGated ? 0 : tile.weight_tile * kTileRows + half * kHalf;
-      const int units = Form::kGated ? (2 * tile.weight_tile + half) * (kHalf / 16) : 0;
-      std::byte* box = to + half * kHalf * Loop::kWeightLineBytes;
-      if (!(pairs && tile.paired))
+    for (int b = 0; b < kBoxes; ++b) {
+      int row = 0, units = 0;
+      if constexpr (!Form::kGated)
+        row = tile.weight_tile * kTileRows + b * kBoxRows;
+      else if constexpr (kBlocks > 1)
+        row = 8 * b, units = tile.weight_tile * (kTileColumns / kUnit);
+      else
+        units = (tile.weight_tile * kBoxes + b) * (kTileColumns / (kUnit * kBoxes));
+      std::byte* box = s.weights[stage] + b * kBoxRows * Loop::kWeightLineBytes;
+      if (kPairs && pairs && tile.paired) {
+        if (b == static_cast<int>(blockIdx.x % 2))
+          copy_box_to_pair(box, &maps.weights, full, k, row, 0, units, tile.expert);
+      } else if (evict) {
+        copy_box(box, &maps.weights, full, k, row, 0, units, tile.expert, policy_evict_first());
+      } else {
         copy_box(box, &maps.weights, full, k, row, 0, units, tile.expert);
-      else if (half == static_cast<int>(blockIdx.x % 2))
-        copy_box_to_pair(box, &maps.weights, full, k, row, 0, units, tile.expert);
+      }
     }
   }
 
   /// Boxes that bring a tile's token rows; what they bring of the rows behind is computed and not stored.
   __device__ __forceinline__ int token_boxes_of(const Tile& tile) const {
-    if constexpr (kBoxTokens == 0)
-      return 0;
-    else
-      return boxes ? (tile.rows + kBoxTokens - 1) / kBoxTokens : 0;
+    return tile.rows > 0 ? (tile.rows + kBoxTokens - 1) / kBoxTokens : 0;
   }
 
-  static __device__ __forceinline__ void copy_token_rows(const CUtensorMap& map, const Tile& tile, int step,
-                                                         int boxes, std::byte (*to)[Shared::kTokenLineBytes],
-                                                         std::uint64_t* full) {
+  __device__ __forceinline__ void copy_token_rows(const Tile& tile, int step, int boxes, int stage) const {
     constexpr int kLineElements = kLineBytes / static_cast<int>(sizeof(typename Loop::Element));
     for (int b = 0; b < boxes; ++b)
 #pragma unroll
       for (int line = 0; line < Loop::kTokenLines; ++line)
-        copy_box(to[line] + b * (kBoxTokens * kLineBytes), &map, full,
+        copy_box(s.tokens[stage][line] + b * (kBoxTokens * kLineBytes), &maps.x, &s.full[stage],
                  (step * Loop::kTokenLines + line) * kLineElements, tile.row + b * kBoxTokens);
   }
 
-  // ---- the warp that brings what a step needs beside its boxes
+  // ---- the warp that brings what else a step needs
   __device__ __forceinline__ void copy_extras() {
     Queue queue(*this);
     Ring at;
@@ -334,21 +363,20 @@ struct Pipeline {
       auto source_of = [&](int i) {
         return static_cast<std::uint32_t>(x_row(tile, row + i * kGatherRows)) * pitch;
       };
-      if (!boxes) {
-        if constexpr (Shared::kSharedSources) {  // the eight threads of a row share the work
-          __syncwarp();
-          for (int i = piece; i < kRows; i += 8) sources[i] = source_of(i);
-          __syncwarp();
-        } else {
+      if constexpr (Shared::kSharedSources) {  // the eight threads of a row share the work
+        __syncwarp();
+        for (int i = piece; i < kRows; i += 8) sources[i] = source_of(i);
+        __syncwarp();
+      } else {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) own[i] = source_of(i);
-        }
+        for (int i = 0; i < kRows; ++i) own[i] = source_of(i);
       }
+      if (tile.rows > 0) Loop::prefetch(*this, work, thread, kGatherThreads);
       typename Loop::template Gather<Pipeline> extra(*this, work, thread);
       for (int k = work.begin; k < work.end; ++k) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
 #pragma unroll
-        for (int line = 0; line < (boxes ? 0 : Loop::kTokenLines); ++line) {
+        for (int line = 0; line < Loop::kTokenLines; ++line) {
           const std::uint32_t tokens = smem_address(s.tokens[at.stage][line]);
           const std::uint32_t to[2] = {tokens + even, tokens + odd};
           const int column = (k * Loop::kTokenLines + line) * 8 + piece;  // of 16 bytes; beyond K it is zero
@@ -407,13 +435,17 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<typename Engine::Shared*>(raw);
-  const bool pairs = Engine::kTokensAreRows && cluster_blocks() > 1;
+  const bool pairs = Engine::kPairs && cluster_blocks() > 1;
+  const bool copies_tokens = Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes);
   if (threadIdx.x == 0) {
+    const int arrivals = 1 + (!copies_tokens          ? kGatherThreads
+                              : Engine::Loop::kExtras ? 1 + 32
+                                                      : 1);  // at a full barrier
     prefetch_map(&maps.weights);
-    if (Engine::kBoxTokens > 0 && boxes) prefetch_map(&maps.x);
+    if (copies_tokens) prefetch_map(&maps.x);
     if (Engine::kTokensAreRows) prefetch_map(&maps.out);
     for (int i = 0; i < kConfig.stages; ++i) {
-      barrier_init(&s.full[i], 1 + (Engine::kTokensAreRows ? 32 : kGatherThreads));
+      barrier_init(&s.full[i], arrivals);
       barrier_init(&s.empty[i], Engine::kConsumerWarps * (pairs ? 2 : 1));
     }
     barrier_init_fence();
@@ -426,21 +458,24 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   if (pairs) dev::cluster_arrive(), dev::cluster_wait();  // the other block's barriers are there too
   __syncthreads();
 
-  Engine engine{{s, maps, args, stream_k, Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes),
+  Engine engine{{s, maps, args, stream_k, copies_tokens,
                  (args.k + Engine::Loop::kStepK - 1) / Engine::Loop::kStepK,
                  by_steps || pairs ? count_tiles(args, s.group_tiles) : 0, by_steps, pairs}};
   if (threadIdx.x >= Engine::kConsumerWarps * 32) {
     give_registers<Engine::kProducerRegisters>();
-    if (threadIdx.x < (Engine::kConsumerWarps + 1) * 32) {
-      if (engine.boxes) dev::wait_for_predecessor();
-      engine.copy_boxes(evict_weights);
+    const int warp = threadIdx.x / 32 - Engine::kConsumerWarps;
+    if (warp == 0) {
+      engine.copy_weights(evict_weights);
     } else {
       dev::wait_for_predecessor();
       dev::release_successor();  // not before: whoever follows may rely on what preceded this kernel
-      if constexpr (!Engine::kTokensAreRows)
-        engine.gather_tokens();
-      else if (threadIdx.x < (Engine::kConsumerWarps + 2) * 32)
-        engine.copy_extras();
+      if constexpr (Engine::kBoxTokens > 0)
+        if (copies_tokens && warp == 1) engine.copy_tokens();
+      if constexpr (!Engine::kTokensAreRows) {
+        if (!copies_tokens) engine.gather_tokens();
+      } else if constexpr (Engine::Loop::kExtras) {
+        if (warp == 2) engine.copy_extras();
+      }
     }
   } else {
     take_registers<Engine::kConsumerRegisters>();

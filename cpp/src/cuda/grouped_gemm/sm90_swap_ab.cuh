@@ -70,7 +70,10 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = s.work[at.stage];
       if (work.tile.rows == 0) return;
-      compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
+      if (Base::kPairs && work.tile.rows == kGoesAlong)
+        Base::pass_over(work, at);
+      else
+        compute_of_width(work, (work.tile.rows + 7) / 8, at, typename Loop::template Widths<kTiling>{});
     }
   }
 
