@@ -66,7 +66,8 @@ class Quantize : public OnDeviceDType {
   }
 
   /// Rows of some of the experts, a tenth of them behind the last.
-  void expect_per_expert(const NamedFormat& n, std::int64_t num_experts, std::int64_t rows) {
+  void expect_per_expert(const NamedFormat& n, std::int64_t num_experts, std::int64_t rows,
+                         std::int64_t cols = 80, std::int64_t padded = 96) {
     Random random(static_cast<std::uint64_t>(num_experts * 1000 + rows));
     std::vector<std::int64_t> offsets{0}, scale_offsets{0};
     for (std::int64_t e = 0; e < num_experts; ++e) {
@@ -81,7 +82,7 @@ class Quantize : public OnDeviceDType {
     const RowMap map = RowMap::experts(offsets, scale_offsets, rows);
     const ExpertRows experts{.expert_offsets = offsets_tensor.read_only(),
                              .scale_offsets = scale_offsets_tensor.read_only()};
-    expect_quantize(n, rows, 80, 96, {}, map, experts, num_experts);
+    expect_quantize(n, rows, cols, padded, {}, map, experts, num_experts);
   }
 
   std::string policy_;  // of the calls
@@ -139,6 +140,25 @@ TEST_P(Quantize, PerExpertInEveryOrder) {
     SCOPED_TRACE(policy);
     for (const NamedFormat& n : formats())
       for (std::int64_t num_experts : {3, 40, 257, 600}) expect_per_expert(n, num_experts, 331);
+  }
+}
+
+// Rows that are loaded while the row before is worked on: of two tiles a warp, or of one, or of padding.
+TEST_P(Quantize, LoadedAhead) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "policies are the CUDA engine's";
+  const std::vector<std::int64_t> counts{0, 13, 1, 6};
+  const Tensor counts_tensor(device(), DType::kI32, integers(counts));
+  for (const char* policy : {"unroll=2 tasks=4", "unroll=2 tasks=8 threads=32 lookup=1"}) {
+    policy_ = policy;
+    SCOPED_TRACE(policy);
+    for (const NamedFormat& n : formats())
+      for (auto [cols, padded] :
+           {std::pair<std::int64_t, std::int64_t>{80, 96}, {1040, 2176}, {2048, 2048}}) {
+        expect_quantize(n, 45, cols, padded, {}, RowMap::dense(n.format, 45));
+        expect_quantize(n, 52, cols, padded, {}, RowMap::groups(n.format, counts, 13),
+                        {.row_counts = counts_tensor.read_only()}, 4);
+        expect_per_expert(n, 7, 101, cols, padded);
+      }
   }
 }
 

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kPlanMaxThreads)
     const auto token = static_cast<int>(blockIdx.z - 1);
     Unit<__nv_bfloat16> v[1];
     load_source<__nv_bfloat16, Source::kRows, true>(tokens, token, columns.first, v[0]);
-    quantize_task<__nv_bfloat16, Encoding::kBlock128, Source::kRows, true>(
-        tokens, columns, v, Global{}, token, tokens.map.of_row(token), 0, tokens.rows);
+    quantize_task<__nv_bfloat16, Encoding::kBlock128, Source::kRows, true, false>(
+        tokens, columns, v, Global{}, token, tokens.scales.data + tokens.map.of_row(token), 0, 0, [](int) {});
   } else if (blockIdx.y == 0) {
     if (tiny) {
       begin();

@@ -21,13 +21,15 @@
 
 namespace moecore::cuda {
 
-/// scale_byte() as shifts and strides, without its branches: scales of a row lie in words of four, rows in
-/// tiles of 2^tile_shift, and a tile's rows in groups of 2^group_shift whose words are 4 bytes apart.
+/// scale_byte() as shifts, masks and strides, without its branches: scales of a row lie in words of four,
+/// rows in tiles of 2^tile_shift, and a tile's rows in groups of 32 or all, whose words are 4 bytes apart.
 struct ScaleMap {
   std::int64_t four, one;  // from four scales of a row to the next four, and from one to the next
   std::int64_t tile;       // from one tile of rows to the next
   std::int64_t base;       // for each row that a block of scales starts at
-  int tile_shift, group_shift, row;
+  unsigned tile_shift;
+  unsigned row_bits, group_bits;  // of a row's number: which of its group's, and which group of its tile
+  unsigned row;                   // from one row of a group to the next
 
   explicit ScaleMap(const ScaleRef& s)
       : four(scale_byte(s, 0, 0, kScaleWord)),
@@ -35,13 +37,15 @@ struct ScaleMap {
         tile(scale_byte(s, 0, scale_row_multiple(s.layout), 0)),
         base(is_swizzled(s.layout) ? s.words() * kScaleWord : 0),
         tile_shift(std::countr_zero(static_cast<unsigned>(scale_row_multiple(s.layout)))),
-        group_shift(s.layout == ScaleLayout::kSwizzled128x4 ? 5 : tile_shift),
-        row(is_swizzled(s.layout) ? static_cast<int>(scale_byte(s, 0, 1, 0)) : 0) {}
+        row_bits(s.layout == ScaleLayout::kSwizzled128x4 ? 31u : (1u << tile_shift) - 1),
+        group_bits(s.layout == ScaleLayout::kSwizzled128x4 ? 96u : 0u),
+        row(is_swizzled(s.layout) ? static_cast<unsigned>(scale_byte(s, 0, 1, 0)) : 0u) {}
 
   /// From the start of a block of scales to where those of its row `r` begin.
   __device__ __forceinline__ std::int64_t of_row(int r) const {
-    const int within = r & ((1 << tile_shift) - 1), group = within >> group_shift;
-    return (r >> tile_shift) * tile + ((within - (group << group_shift)) * row + group * 4);
+    const auto number = static_cast<unsigned>(r);
+    const unsigned within = (number & row_bits) * row + (number & group_bits) / 32 * 4;
+    return static_cast<std::int64_t>((number >> tile_shift) * static_cast<std::uint64_t>(tile) + within);
   }
   __device__ __forceinline__ std::int64_t of_block(int block) const {
     return block / 4 * four + block % 4 * one;
@@ -316,9 +320,7 @@ __device__ __forceinline__ void store_unit(const QuantizeArgs& args, std::uint8_
     if (i < bytes) to[i] = static_cast<std::uint8_t>(codes.words[i / 4] >> i % 4 * 8);
 }
 
-__device__ __forceinline__ void store_scale(const QuantizeArgs& args, std::int64_t at, bool word,
-                                            std::uint32_t bits) {
-  std::byte* to = args.scales.data + at;
+__device__ __forceinline__ void store_scale(std::byte* to, bool word, std::uint32_t bits) {
   if (word)
     *reinterpret_cast<std::uint32_t*>(to) = bits;
   else

@@ -59,9 +59,11 @@ template <class T>
 __device__ __forceinline__ float amax_or_nan(const Unit<T>& unit) {
   if constexpr (sizeof(T) == 2) {
     const auto* pairs = reinterpret_cast<const Two<T>*>(unit.values);
-    Two<T> amax = __habs2(pairs[0]);
+    Two<T> of_two[kUnit / 4];
 #pragma unroll
-    for (int i = 1; i < kUnit / 2; ++i) amax = __hmax2_nan(amax, __habs2(pairs[i]));
+    for (int i = 0; i < kUnit / 4; ++i) of_two[i] = dev::larger_or_nan(pairs[2 * i], pairs[2 * i + 1]);
+    const Two<T> amax = __habs2(dev::larger_or_nan(dev::larger_or_nan(of_two[0], of_two[1]),
+                                                   dev::larger_or_nan(of_two[2], of_two[3])));
     return dev::to_f32(__hmax_nan(amax.x, amax.y));
   } else {
     float amax = fabsf(unit[0]);
@@ -106,7 +108,7 @@ template <Encoding kEncoding>
 __device__ __forceinline__ bool tame_scale(const ScaleRule& rule, float amax, float global, float rcp_global,
                                            bool f32_scales, BlockScale& scale) {
   if constexpr (kEncoding == Encoding::kNvfp4) {
-    const std::uint32_t byte = dev::e4m3x2(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)), 0.0f);
+    const std::uint32_t byte = dev::e4m3(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)));
     const float d = __fmul_rn(dev::e4m3_value(byte), rcp_global);
     scale = {byte, dev::reciprocal_of_normal(d)};
     return d >= 0x1p-100f && d <= 0x1p100f && amax * scale.factor < 7.0f;
@@ -134,7 +136,7 @@ template <Encoding kEncoding>
 __device__ __forceinline__ BlockScale block_scale(const ScaleRule& rule, float amax, float global,
                                                   float rcp_global, bool f32_scales) {
   if constexpr (kEncoding == Encoding::kNvfp4) {
-    const std::uint32_t byte = dev::e4m3x2(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)), 0.0f) & 0xFFu;
+    const std::uint32_t byte = dev::e4m3(__fmul_rn(global, __fmul_rn(amax, 1.0f / 6)));
     const float s = dev::e4m3_value(byte);
     return {byte, s == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(s, rcp_global))};
   } else {

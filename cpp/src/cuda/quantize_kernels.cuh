@@ -2,13 +2,12 @@
 // The kernels of quantize; quantize.cuh has the words.
 //
 // quantize_tiles_kernel   formats whose scales cover at most 128 columns, and a known scale: block (b, c)
-// does
-//                         part c of some tasks, one after the other, a thread kUnroll units of it, blockDim.x
-//                         units apart. The 1, 2 or 8 lanes whose units share a scale find its magnitude by
-//                         shuffles.
+//                         does part c of some tasks, one after the other, a thread kUnroll units of it, the
+//                         512 columns of a warp apart. The 1, 2 or 8 lanes whose units share a scale find its
+//                         magnitude by shuffles.
 // quantize_rows_kernel    one scale a row: a block does one task, and holds the row in registers (kUnits
-// units
-//                         a thread) from the search for its magnitude to its codes; kUnits = 0 reads it again
+//                         units a thread) from the search for its magnitude to its codes; kUnits = 0 reads it
+//                         again
 // amax_kernel             the largest magnitude of everything, or of every expert; a warp does 512 columns at
 //                         a time
 //
@@ -93,40 +92,55 @@ struct Units {
   std::uint32_t scale[kUnroll];
 };
 
-/// Where a thread's units stand in every row.
+/// Where a thread's units stand in every row: kTile columns apart, as a warp's tiles follow each other.
 template <Encoding kEncoding, int kUnroll>
 struct Columns {
-  int first, step;
-  std::int64_t scale[kUnroll];  // bytes from where a row's scales begin, -1: another lane's, or none
+  static constexpr int kBlocksPerTile = kTile / kUnit / units_of_block(kEncoding);
+  int first;
+  int stored;          // blocks from the first unit's on that have scales; 0: they are another lane's
+  std::int64_t scale;  // bytes from where a row's scales begin to the first unit's
 
-  __device__ __forceinline__ explicit Columns(const QuantizeArgs& args)
-      : first((static_cast<int>(blockIdx.y) * kUnroll * static_cast<int>(blockDim.x) +
-               static_cast<int>(threadIdx.x)) *
-              kUnit),
-        step(static_cast<int>(blockDim.x) * kUnit) {
-    constexpr int kLanes = units_of_block(kEncoding);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int block = (first + u * step) / (kUnit * kLanes);
-      const bool mine = threadIdx.x % kLanes == 0 && block < args.stored_blocks;
-      scale[u] = kEncoding != Encoding::kTensor && mine ? args.map.of_block(block) : -1;
-    }
+  __device__ __forceinline__ explicit Columns(const QuantizeArgs& args) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) - lane;
+    first = (warp * kUnroll + lane) * kUnit;
+    const int block = first / kUnit / units_of_block(kEncoding);
+    const bool mine = kEncoding != Encoding::kTensor && lane % units_of_block(kEncoding) == 0;
+    stored = mine ? args.stored_blocks - block : 0;
+    scale = args.map.of_block(block);
   }
+  __device__ __forceinline__ int of(int u) const { return first + u * kTile; }
+  __device__ __forceinline__ bool has_scale(int u) const { return stored > u * kBlocksPerTile; }
 };
+
+/// Clears the codes behind the last column, and the scales that have no column before it.
+template <Encoding kEncoding, bool kWhole, int kUnroll>
+__device__ __forceinline__ void clear_behind(const QuantizeArgs& args,
+                                             const Columns<kEncoding, kUnroll>& columns,
+                                             Units<kUnroll>& units) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int n = args.cols - columns.of(u);
+    if (n < kUnit) clear_behind<is_fp4(kEncoding)>(kWhole ? 0 : n, units.codes[u]);
+    if (n <= 0) units.scale[u] = 0;
+  }
+}
 
 template <Encoding kEncoding, bool kWhole, int kUnroll>
 __device__ __forceinline__ void store_units(const QuantizeArgs& args, const Units<kUnroll>& units,
-                                            const Columns<kEncoding, kUnroll>& columns, std::int64_t row,
-                                            std::int64_t scales) {
+                                            const Columns<kEncoding, kUnroll>& columns, int row,
+                                            std::byte* scales) {
   constexpr bool kFp4 = is_fp4(kEncoding);
   const bool words = kEncoding == Encoding::kBlock128 && args.scales.bytes == 4;
-  std::uint8_t* to = args.data + row * args.data_pitch + columns.first / (kFp4 ? 2 : 1);
+  std::uint8_t* to =
+      args.data + static_cast<unsigned>(row) * args.data_pitch + columns.first / (kFp4 ? 2 : 1);
+  scales += columns.scale;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int offset = u * columns.step;
-    store_unit<kFp4, kWhole>(args, to + offset / (kFp4 ? 2 : 1), args.padded_cols - (columns.first + offset),
+    store_unit<kFp4, kWhole>(args, to + u * kTile / (kFp4 ? 2 : 1), args.padded_cols - columns.of(u),
                              units.codes[u]);
-    if (columns.scale[u] >= 0) store_scale(args, scales + columns.scale[u], words, units.scale[u]);
+    if (columns.has_scale(u))
+      store_scale(scales + u * (columns.kBlocksPerTile / kScaleWord) * args.map.four, words, units.scale[u]);
   }
 }
 
@@ -155,7 +169,7 @@ __device__ __forceinline__ void quantize_unit(const QuantizeArgs& args, const Un
   if (kWhole && kLanes > 1 && n <= 0) amax = 0.0f;  // whole units that do not exist hold others of the row
   amax = over_block(amax, kWarp, [](float a, float b) { return dev::max_or_nan(a, b); });
   BlockScale scale;
-  const bool f32_scales = args.scales.bytes == 4;
+  const bool f32_scales = kEncoding == Encoding::kBlock128 && args.scales.bytes == 4;
   const bool tame =
       tame_scale<kEncoding>(args.rule, amax, global.value, global.reciprocal, f32_scales, scale);
   const unsigned others = kLanes > 1 ? __ballot_sync(kWarp, !tame) : 0u;  // blocks go one way as a whole
@@ -169,8 +183,7 @@ __device__ __forceinline__ void quantize_unit(const QuantizeArgs& args, const Un
     if constexpr (has_tame_codes<kEncoding, T>()) encode_any<kEncoding>(v, scale.factor, codes);
   }
   if constexpr (!has_tame_codes<kEncoding, T>()) encode_any<kEncoding>(v, scale.factor, codes);
-  bits = n > 0 ? scale.bits : 0u;
-  if (kWhole ? n <= 0 : n < kUnit) clear_behind<is_fp4(kEncoding)>(n, codes);
+  bits = scale.bits;
 }
 
 /// The expert of a block's row and what all its rows share. Rows of experts come in order, so that it is
@@ -180,8 +193,10 @@ struct Owner {
   int end = std::numeric_limits<int>::max();   // the row that needs the next look-up
   int live = std::numeric_limits<int>::max();  // the row behind the last that exists
   int scale_row = 0;                           // where its scales begin
-  std::int64_t scales = 0;                     // the same in bytes
+  std::byte* scales;
   Global global;
+
+  __device__ __forceinline__ explicit Owner(const QuantizeArgs& args) : scales(args.scales.data) {}
 
   /// Asks for what tells about the expert of `row`. Only who reads it waits for it.
   __device__ __forceinline__ void find(const QuantizeArgs& args, int row) {
@@ -214,7 +229,7 @@ struct Owner {
 
   /// Works out what find() has asked for.
   __device__ __forceinline__ void settle(const QuantizeArgs& args) {
-    scales = scale_row * args.map.base;
+    scales = args.scales.data + scale_row * args.map.base;
     if (args.global_scale_per_expert) global.reciprocal = __frcp_rn(global.value);
   }
 };
@@ -229,7 +244,7 @@ __device__ __forceinline__ void prefetch_source(const QuantizeArgs& args, std::i
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int column = columns.first + u * columns.step;
+    const int column = columns.of(u);
     if (column >= args.cols) break;
     dev::prefetch(x + (interleaved ? 2 * column : column));
     if (halves) dev::prefetch(x + args.cols + column);
@@ -243,37 +258,45 @@ __device__ __forceinline__ int row_of_slot(const QuantizeArgs& args, int token, 
 }
 
 /// One task: a row, whose scales begin at `scales`, or a token and all its rows, of which the caller has read
-/// the first 32: row_of_slot(args, task, 0).
-template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
+/// the first 32: row_of_slot(args, task, 0). kPermuted: it may be a token. Calls spent(u) once it needs v[u]
+/// no more.
+template <class T, Encoding kEncoding, Source kSource, bool kWhole, bool kPermuted, int kUnroll, class Spent>
 __device__ __forceinline__ void quantize_task(const QuantizeArgs& args,
                                               const Columns<kEncoding, kUnroll>& columns,
                                               const Unit<T> (&v)[kUnroll], const Global& global, int task,
-                                              std::int64_t scales, int row, std::int64_t num_rows) {
+                                              std::byte* scales, int row, std::int64_t num_rows,
+                                              Spent&& spent) {
   Units<kUnroll> units;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int n = args.cols - (columns.first + u * columns.step);
-    if constexpr (kEncoding == Encoding::kTensor) {
+    const int n = args.cols - columns.of(u);
+    if constexpr (kEncoding == Encoding::kTensor)
       encode_any<kEncoding>(v[u], global.reciprocal, units.codes[u]);
-      if (n < kUnit) clear_behind<false>(n, units.codes[u]);
-    } else {
+    else
       quantize_unit<kEncoding, kWhole>(args, v[u], n, global, units.codes[u], units.scale[u]);
-    }
+    spent(u);
   }
+  if (args.cols - columns.of(kUnroll - 1) < kUnit) [[unlikely]]
+    clear_behind<kEncoding, kWhole>(args, columns, units);
 
-  if (args.tasks != Tasks::kTokens) return store_units<kEncoding, kWhole>(args, units, columns, task, scales);
-  // Every lane finds the place of one of the token's rows; then all lanes write to each.
-  for (int j = 0; j < args.top_k; j += 32) {
-    if (j > 0) row = row_of_slot(args, task, j);
-    const bool live = row >= 0 && row < num_rows;
-    Place place;
-    if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row);
-    for (unsigned left = __ballot_sync(kWarp, live); left != 0; left &= left - 1) {
-      const int slot = __ffs(static_cast<int>(left)) - 1;
-      store_units<kEncoding, kWhole>(args, units, columns, __shfl_sync(kWarp, row, slot),
-                                     __shfl_sync(kWarp, place.scales, slot));
+  if constexpr (kPermuted) {
+    if (args.tasks == Tasks::kTokens) {
+      // Every lane finds the place of one of the token's rows; then all lanes write to each.
+      for (int j = 0; j < args.top_k; j += 32) {
+        if (j > 0) row = row_of_slot(args, task, j);
+        const bool live = row >= 0 && row < num_rows;
+        Place place;
+        if (live) place = place_of(args.experts, args.map, args.scales.layout, false, row);
+        for (unsigned left = __ballot_sync(kWarp, live); left != 0; left &= left - 1) {
+          const int slot = __ffs(static_cast<int>(left)) - 1;
+          store_units<kEncoding, kWhole>(args, units, columns, __shfl_sync(kWarp, row, slot),
+                                         args.scales.data + __shfl_sync(kWarp, place.scales, slot));
+        }
+      }
+      return;
     }
   }
+  store_units<kEncoding, kWhole>(args, units, columns, task, scales);
 }
 
 /// Blocks of kMaxTileThreads that registers leave room for.
@@ -282,8 +305,9 @@ constexpr int tile_blocks_per_sm(bool whole, int unroll) {
   return !whole || sizeof(T) == 4 ? 1 : unroll == 1 ? 5 : 4;
 }
 
-/// kWhole: rows of whole units, all of them aligned.
-template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll>
+/// kWhole: rows of whole units, all of them aligned. kPermuted: with args.row_token or slot_row; without, a
+/// task is the row of x and of the output with its number.
+template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll, bool kPermuted>
 __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole, kUnroll))
     quantize_tiles_kernel(const __grid_constant__ QuantizeArgs args) {
   dev::wait_for_predecessor();
@@ -295,8 +319,8 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
   const auto begin = static_cast<std::int64_t>(blockIdx.x - args.padding_blocks) * args.tasks_of_block;
   auto end = static_cast<int>(min(begin + args.tasks_of_block, std::int64_t{args.num_tasks}));
   std::int64_t num_rows = 0;
-  Owner owner;
-  if (args.tasks == Tasks::kTokens)
+  Owner owner(args);
+  if (kPermuted && args.tasks == Tasks::kTokens)
     num_rows = live_rows(args.experts, args.rows);
   else if (args.tasks == Tasks::kRows)
     end = static_cast<int>(min(std::int64_t{end}, live_rows(args.experts, args.rows)));
@@ -308,22 +332,48 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
     owner.global.reciprocal = reciprocal(*reinterpret_cast<const float*>(args.scales.data));
   // Beside the look-up of its expert: 512 nvfp4 rows of 128 experts 5.3 -> 4.7 us on an H200. To prefetch the
   // next row as well makes long calls up to 10 % slower.
-  if (owner.end <= begin && begin < end && !args.row_token) prefetch_source<T, kSource>(args, begin, columns);
-#pragma unroll 1
-  for (int task = static_cast<int>(begin); task < end; ++task) {
-    const bool another = task >= owner.end;
-    if (another) owner.find(args, task);
-    if (task >= owner.live) continue;
-    Unit<T> v[kUnroll];
-    const int source = args.row_token ? args.row_token[task] : task;
-    const int row = args.tasks == Tasks::kTokens ? row_of_slot(args, task, 0) : 0;  // beside the source
+  if (owner.end <= begin && begin < end && !(kPermuted && args.row_token))
+    prefetch_source<T, kSource>(args, begin, columns);
+  constexpr bool kAhead = kUnroll > 1 && !kPermuted;
+  Unit<T> v[kUnroll];
+  bool another;
+  int stop = end;  // where the rows of one expert end that follow each other
+  auto load = [&](int task) {
+    const int source = kPermuted && args.row_token ? args.row_token[task] : task;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      load_source<T, kSource, kWhole>(args, source, columns.first + u * columns.step, v[u]);
-    if (another) owner.settle(args);  // with the row on its way
-    quantize_task<T, kEncoding, kSource, kWhole>(args, columns, v, owner.global, task,
-                                                 owner.scales + args.map.of_row(task - owner.first), row,
-                                                 num_rows);
+    for (int u = 0; u < kUnroll; ++u) load_source<T, kSource, kWhole>(args, source, columns.of(u), v[u]);
+    if (!another) return;
+    owner.settle(args);  // with the row on its way
+    stop = min(end, min(owner.end, owner.live));
+    another = false;
+  };
+#pragma unroll 1
+  for (int task = static_cast<int>(begin); task < end;) {
+    another = task >= owner.end;
+    if (another) owner.find(args, task);
+    if (task >= owner.live) {
+      task = owner.end;
+      continue;
+    }
+    if (kAhead) load(task);
+    const T* x = static_cast<const T*>(args.x) + static_cast<unsigned>(task) * args.x_stride + columns.first;
+    bool more;
+#pragma unroll 1
+    do {
+      const int row = kPermuted && args.tasks == Tasks::kTokens ? row_of_slot(args, task, 0) : 0;
+      if (!kAhead) load(task);
+      more = task + 1 < stop;
+      x += args.x_stride;
+      // A unit's registers take the next row's as soon as this row needs them no more, so that it is on its
+      // way while the other units are worked on.
+      quantize_task<T, kEncoding, kSource, kWhole, kPermuted>(
+          args, columns, v, owner.global, task, owner.scales + args.map.of_row(task - owner.first), row,
+          num_rows, [&](int u) {
+            if (kAhead && more && columns.of(u) < args.cols)
+              load_unit<true>(x + u * kTile, kUnit, true, v[u]);
+          });
+      ++task;
+    } while (more);
   }
 }
 
@@ -398,7 +448,8 @@ __global__ void __launch_bounds__(kRowThreads)
     }
   }
   if (threadIdx.x == 0)
-    for_rows([&](std::int64_t row) { store_scale(args, row * args.scales.pitch, true, scale.bits); });
+    for_rows(
+        [&](std::int64_t row) { store_scale(args.scales.data + row * args.scales.pitch, true, scale.bits); });
 }
 
 /// Warp w takes the tiles from w * share on, and hands in its maximum where the expert changes and at the
@@ -457,16 +508,22 @@ void launch_quantize(const QuantizeLaunch& l) {
   LaunchConfig config{.block = dim3(l.policy.threads), .stream = l.stream, .dependent = true};
   if (l.encoding == Encoding::kToken) return launch_rows<T, kSource>(l, config);
   config.grid = dim3(l.blocks, l.row_parts);
+  // Rows that an activation computes are never permuted.
+  constexpr bool kPermuted = kSource == Source::kRows;
   auto run = [&]<Encoding kEncoding>() {
     if constexpr (kSource == Source::kRows)
       if (l.policy.unroll == 2)
-        return launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, true, 2>,
+        return launch("quantize", l.device, config,
+                      l.args.row_token || l.args.slot_row
+                          ? quantize_tiles_kernel<T, kEncoding, kSource, true, 2, true>
+                          : quantize_tiles_kernel<T, kEncoding, kSource, true, 2, false>,
                       l.args);
     if constexpr (kSource != Source::kActivation)
       if (l.whole_units)
-        return launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, true, 1>,
-                      l.args);
-    launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, false, 1>, l.args);
+        return launch("quantize", l.device, config,
+                      quantize_tiles_kernel<T, kEncoding, kSource, true, 1, kPermuted>, l.args);
+    launch("quantize", l.device, config, quantize_tiles_kernel<T, kEncoding, kSource, false, 1, kPermuted>,
+           l.args);
   };
   switch (l.encoding) {
     case Encoding::kTensor:

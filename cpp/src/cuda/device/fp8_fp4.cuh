@@ -42,6 +42,19 @@ __device__ __forceinline__ std::uint32_t e4m3x2(float low, float high) {
 #endif
 }
 
+/// One code.
+__device__ __forceinline__ std::uint32_t e4m3(float y) {
+#if __CUDA_ARCH__ >= 890
+  std::uint32_t code;  // the whole register, which the conversion clears: nothing is left to mask
+  asm("{ .reg .b16 c, zero; mov.b16 zero, 0; cvt.rn.satfinite.e4m3x2.f32 c, %1, %2; mov.b32 %0, {c, zero}; }"
+      : "=r"(code)
+      : "f"(0.0f), "f"(y));
+  return code;
+#else
+  return e4m3_software(y);
+#endif
+}
+
 /// Four codes.
 __device__ __forceinline__ std::uint32_t e4m3x4(const float* y) {
   return e4m3x2(y[0], y[1]) | e4m3x2(y[2], y[3]) << 16;

@@ -2,7 +2,11 @@
 // exp, logistic products and the normal distribution in f32: operation for operation those of
 // cpu/simd/math.inl, so that both engines give the same bits. Comparisons are written so that NaN passes.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 namespace moecore::cuda::dev {
 
@@ -23,6 +27,24 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
+}
+
+/// Of each half the larger magnitude, NaN if either is; its sign means nothing. From sm_86 on one
+/// instruction, where taking the magnitudes first makes two of every element pair.
+template <class Two>
+__device__ __forceinline__ Two larger_or_nan(Two a, Two b) {
+#if __CUDA_ARCH__ >= 860
+  std::uint32_t r;
+  const std::uint32_t x = reinterpret_cast<const std::uint32_t&>(a),
+                      y = reinterpret_cast<const std::uint32_t&>(b);
+  if constexpr (std::is_same_v<Two, __half2>)
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+  else
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+  return reinterpret_cast<const Two&>(r);
+#else
+  return __hmax2_nan(__habs2(a), __habs2(b));
+#endif
 }
 
 /// A number in two factors, `scale` a power of two: a product below 2^-126 is rounded once.
