@@ -133,7 +133,7 @@ TEST_P(Quantize, PerExpert) {
 
 // Blocks that go from row to row, across experts and past the last, however they look them up.
 TEST_P(Quantize, PerExpertInEveryOrder) {
-  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "policies are the CUDA engine's";
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy, which the cuda instances take";
   for (const char* policy :
        {"tasks=2", "tasks=4 lookup=1", "tasks=8 threads=32", "tasks=8 threads=256 lookup=1"}) {
     policy_ = policy;
@@ -145,7 +145,7 @@ TEST_P(Quantize, PerExpertInEveryOrder) {
 
 // Rows that are loaded while the row before is worked on: of two tiles a warp, or of one, or of padding.
 TEST_P(Quantize, LoadedAhead) {
-  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "policies are the CUDA engine's";
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "a CUDA policy, which the cuda instances take";
   const std::vector<std::int64_t> counts{0, 13, 1, 6};
   const Tensor counts_tensor(device(), DType::kI32, integers(counts));
   for (const char* policy : {"unroll=2 tasks=4", "unroll=2 tasks=8 threads=32 lookup=1"}) {

@@ -305,8 +305,8 @@ constexpr int tile_blocks_per_sm(bool whole, int unroll) {
   return !whole || sizeof(T) == 4 ? 1 : unroll == 1 ? 5 : 4;
 }
 
-/// kWhole: rows of whole units, all of them aligned. kPermuted: with args.row_token or slot_row; without, a
-/// task is the row of x and of the output with its number.
+/// kWhole: rows of whole units, all of them aligned. kPermuted: there may be args.row_token or slot_row;
+/// without, a task is the row of x and of the output with its number.
 template <class T, Encoding kEncoding, Source kSource, bool kWhole, int kUnroll, bool kPermuted>
 __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole, kUnroll))
     quantize_tiles_kernel(const __grid_constant__ QuantizeArgs args) {

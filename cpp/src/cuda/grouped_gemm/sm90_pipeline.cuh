@@ -216,8 +216,8 @@ struct Pipeline {
   }
 
   // ---- the warps that copy
-  /// One warp: steps_of(work, at) by one thread, for each work item and, with no rows, for the word that
-  /// there is no more.
+  /// A whole warp: steps_of(work, at) for each work item and, with no rows, for the word that there is no
+  /// more.
   template <class StepsOf>
   __device__ __forceinline__ void for_each_work(const StepsOf& steps_of) const {
     Queue queue(*this);
