@@ -19,10 +19,10 @@ TEST(PolicyGroupedGemm, TilesFitTheCopyEngineAndTheWorkspace) {
       EXPECT_LE(config.threads(), kMaxThreads);
       EXPECT_LE(config.rows(), 256);  // of a box of the copy engine
       EXPECT_EQ(config.max_tokens % 8, 0);
-      if (config.stream_k) {
-        EXPECT_LE(config.warpgroups, cuda::sm90::StreamK::kMaxWarpgroups);
+      if (config.shares) {
+        EXPECT_LE(config.warpgroups, cuda::sm90::Sharing::kMaxWarpgroups);
         EXPECT_LE(static_cast<std::size_t>(config.rows() * config.max_tokens),
-                  cuda::sm90::StreamK::kSlotFloats);
+                  cuda::sm90::Sharing::kSlotFloats);
       }
     }
 }
@@ -70,8 +70,10 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
   EXPECT_FALSE(few.tiles().tokens_are_rows());
   EXPECT_EQ(few.pairs, 0);
   EXPECT_EQ(many.pairs, 1);
+  EXPECT_EQ(few.dynamic, 1);
+  EXPECT_EQ(many.dynamic, 0);
   EXPECT_EQ(few.tiles().token_step(), 8);
-  EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::StreamK::kBytes);
+  EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::Sharing::kBytes);
   EXPECT_TRUE(many.tiles().tokens_are_rows());
   EXPECT_EQ(many.tiles().token_step(), many.tiles().max_tokens);
   EXPECT_EQ(cuda::sm90::workspace_bytes(many, 64 * kExperts, kDepth), 64u * kExperts * kDepth);

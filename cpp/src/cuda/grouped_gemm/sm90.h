@@ -22,7 +22,7 @@ struct TileConfig {
   const char* name;
   int max_tokens;      // widest token tile
   int stages;          // of the ring
-  bool stream_k;       // can cut tiles along K
+  bool shares;         // tiles can be cut along K, or taken as blocks are done
   int box_tokens = 0;  // token rows that the copy engine brings at once; 0: they are always gathered
   /// 0: weights are the operand of rows, 64 in each block. Else so many weights are that of columns, and
   /// tokens that of rows, 64 in each warpgroup: they must stand in order.
@@ -51,13 +51,13 @@ struct TileConfig {
 enum class Tiling { kDecode, kPrefill };
 
 inline constexpr TileConfig kTileConfigs[][2] = {
-    {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
-     {.name = "prefill", .max_tokens = 176, .stages = 4, .stream_k = false, .box_tokens = 16, .pairs = true}},
-    {{.name = "decode", .max_tokens = 32, .stages = 6, .stream_k = true},
+    {{.name = "decode", .max_tokens = 32, .stages = 6, .shares = true},
+     {.name = "prefill", .max_tokens = 176, .stages = 4, .shares = false, .box_tokens = 16, .pairs = true}},
+    {{.name = "decode", .max_tokens = 32, .stages = 6, .shares = true},
      {.name = "prefill",
       .max_tokens = 128,
       .stages = 4,
-      .stream_k = false,
+      .shares = false,
       .box_tokens = 64,
       .weight_columns = 192,
       .blocks = 1,
@@ -65,14 +65,14 @@ inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode",
       .max_tokens = 32,
       .stages = 8,
-      .stream_k = true,
+      .shares = true,
       .warpgroups = 4,
       .blocks = 1,
       .instruction = "mma.sync"},
      {.name = "prefill",
       .max_tokens = 192,
       .stages = 3,
-      .stream_k = false,
+      .shares = false,
       .box_tokens = 32,
       .warpgroups = 3,
       .blocks = 1}},
@@ -87,9 +87,10 @@ constexpr bool holds_scale_blocks(Family family, const TileConfig& config) {
   return family == Family::kFp8 && config.gated_columns() == 128 && config.warpgroups == 2;
 }
 
-/// Partial sums of tiles that blocks share. Whatever the workspace held before, a slot is full when its flag
-/// holds kRaised; readers lower the flags.
-struct StreamK {
+/// What blocks share by way of the workspace: partial sums of tiles, or the number of the next tile. Whatever
+/// the workspace held before, a slot is full and the counter counts where a flag holds kRaised; whoever needs
+/// it last lowers it.
+struct Sharing {
   static constexpr unsigned long long kRaised = 0x6D6F65636F726521ull;
   static constexpr int kMaxBlocks = 256, kMaxWarpgroups = 4;
   /// f32 sums of one block's tile: 256 weight rows of 32 tokens.
@@ -97,12 +98,12 @@ struct StreamK {
   static constexpr std::size_t kBytes =
       kMaxBlocks * (kMaxWarpgroups * sizeof(unsigned long long) + kSlotFloats * sizeof(float));
 
-  bool enabled = false;
-  unsigned long long* flags = nullptr;  // [blocks, warpgroups]
+  enum By { kNothing, kTiles, kSteps } by = kNothing;
+  unsigned long long* flags = nullptr;  // [blocks, warpgroups]; by tiles the counter's flag and the counter
   float* sums = nullptr;                // [blocks, kSlotFloats]
 };
 
-/// What a kernel is launched with: (Maps, args, stream_k, boxes, evict_weights). `boxes`: the rows of x are
+/// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights). `boxes`: the rows of x are
 /// those of out, and come by the map of x.
 struct Kernel {
   const void* function;

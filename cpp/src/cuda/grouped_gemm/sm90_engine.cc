@@ -67,6 +67,7 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"prefill", &chosen.prefill, {0, 1}},
          {"max_tokens", &chosen.max_tokens, {8, 16, 24, 32, 64, 96, 120, 128, 144, 160, 176, 192}},
          {"stream_k", &chosen.stream_k, {0, 1}},
+         {"dynamic", &chosen.dynamic, {0, 1}},
          {"quantize_out", &chosen.quantize_out, {0, 1}},
          {"pairs", &chosen.pairs, {0, 1}},
          {"evict_weights", &chosen.evict_weights, {0, 1}}});
@@ -83,8 +84,9 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
       config.tokens_are_rows() ? config.max_tokens : std::min(policy.max_tokens, config.max_tokens);
   policy.pairs = policy.pairs && config.pairs && device.num_sms % 2 == 0;
   policy.evict_weights = policy.evict_weights && !config.tokens_are_rows();
-  policy.stream_k = policy.stream_k && config.stream_k && device.num_sms <= sm90::StreamK::kMaxBlocks &&
-                    workspace_suffices();
+  const bool shares = config.shares && device.num_sms <= sm90::Sharing::kMaxBlocks && workspace_suffices();
+  policy.stream_k = policy.stream_k && shares;
+  policy.dynamic = policy.dynamic && shares && !policy.stream_k;
   return policy;
 }
 
@@ -141,7 +143,10 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
       "%s, %s: %d weight rows x up to %d tokens, ring of %d, %s%s%s%s (about %.1f rows for each of %.0f "
       "experts)",
       config.instruction, config.name, config.rows(), policy.max_tokens, config.stages,
-      policy.stream_k ? "stream-K" : "whole tiles", policy.pairs ? ", pairs of blocks share weights" : "",
+      policy.stream_k  ? "stream-K"
+      : policy.dynamic ? "whole tiles, dynamic"
+                       : "whole tiles",
+      policy.pairs ? ", pairs of blocks share weights" : "",
       copies_rows(p, policy) ? ", rows of x put in order first" : "",
       p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
@@ -310,12 +315,12 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   if (boxes) maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
   if (config.tokens_are_rows()) maps.out = out_map(p);
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
-  sm90::StreamK stream_k;
-  if (policy.stream_k) {
-    stream_k.enabled = true;
-    stream_k.flags = reinterpret_cast<unsigned long long*>(workspace);
-    stream_k.sums =
-        reinterpret_cast<float*>(stream_k.flags + sm90::StreamK::kMaxBlocks * sm90::StreamK::kMaxWarpgroups);
+  sm90::Sharing sharing;
+  if (policy.stream_k || policy.dynamic) {
+    sharing.by = policy.stream_k ? sm90::Sharing::kSteps : sm90::Sharing::kTiles;
+    sharing.flags = reinterpret_cast<unsigned long long*>(workspace);
+    sharing.sums =
+        reinterpret_cast<float*>(sharing.flags + sm90::Sharing::kMaxBlocks * sm90::Sharing::kMaxWarpgroups);
   }
   bool evict_weights = policy.evict_weights;
 
@@ -325,7 +330,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
                                    .stream = stream(ctx),
                                    .dependent = true,
                                    .cluster = dim3(policy.pairs ? 2 : 1)};
-  void* pointers[] = {&maps, &args, &stream_k, &boxes, &evict_weights};
+  void* pointers[] = {&maps, &args, &sharing, &boxes, &evict_weights};
   launch_kernel("grouped_gemm", device, launch_config, kernel.function, pointers);
 }
 

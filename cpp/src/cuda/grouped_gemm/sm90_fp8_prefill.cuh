@@ -277,7 +277,7 @@ struct Fp8Prefill : Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefil
     typename Base::Ring at;
     for (;;) {
       barrier_wait(&s.full[at.stage], at.phase);
-      const Work work = s.work[at.stage];
+      const Work work = this->work_in(at.stage);
       if (work.tile.rows == 0) break;
       const int warpgroup = uniform(threadIdx.x / 128);
       if (work.tile.rows > warpgroup * 64)

@@ -5,7 +5,8 @@
 //   out[r, f] = epilogue(sum_k weights[e(r), f, k] * x[row(r), k]), f32 accumulation
 //
 // The block has 2, 3 or 4 warpgroups that compute, and one that brings what they read. Of this one
-//   warp 0  copies weights with the copy engine and says what a step belongs to;
+//   warp 0  finds work, says to all what a step belongs to (given[s], s.work), and copies weights with the
+//           copy engine;
 //   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`). Otherwise
 //           warps 1 to 3 gather them by number, with cp.async, in the 128-byte swizzle of the copy engine.
 //           Beside busy tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
@@ -23,7 +24,8 @@
 // they step together, and where one has a tile more than the other, that one goes along without a tile.
 //
 // Work is dealt out by whole tiles or, stream-K, by equal runs of steps, when whole tiles would leave blocks
-// idle.
+// idle. Whole tiles are taken in turn or, dynamic, as blocks are done: SMs do not get equal shares of the
+// memory's bandwidth, and in turn some were done after three fourths of the time of others.
 //
 // An engine computes: SwapAb (sm90_swap_ab.cuh), weights as the tensor cores' operand of rows, and Fp8Prefill
 // (sm90_fp8_prefill.cuh), tokens. It derives from Pipeline and adds compute(). How a step looks says a loop:
@@ -58,8 +60,11 @@ inline constexpr int kGatherRows = kGatherThreads / 8;  // eight 16-byte pieces 
 /// Rows of a tile that is none: its block steps along with the other of its pair, and computes nothing.
 inline constexpr int kGoesAlong = -1;
 
+/// Steps before the end of a tile at which its block asks for the next: the answer takes about a step.
+inline constexpr int kAsksAhead = 3;
+
 /// A tile, or the steps [begin, end) of it.
-struct Work {
+struct alignas(16) Work {
   Tile tile;
   int number;  // of the tile
   int begin, end;
@@ -98,7 +103,7 @@ struct Smem {
   static constexpr bool kQuantizesOut = Loop::kQuantizesOut && holds_scale_blocks(Loop::kFamily, kConfig);
   alignas(16) typename Loop::Out maxima[kQuantizesOut ? kQuantizedTokens : 0][kQuantizingWarps];
   Work work[kConfig.stages];  // that the step in the stage belongs to
-  std::uint64_t full[kConfig.stages], empty[kConfig.stages];
+  std::uint64_t full[kConfig.stages], empty[kConfig.stages], given[kConfig.stages];
   int group_tiles[kMaxExpertGroups];
 };
 
@@ -143,17 +148,19 @@ struct Pipeline {
                 (kWarpgroups + 1) * kLaunchRegisters);
   static_assert(kConfig.whole_boxes());
   static_assert(kTokensAreRows || kBoxTokens == 0 || !Loop::kExtras);  // no warp would bring them
-  static_assert(!kConfig.stream_k ||
-                (kWarpgroups <= StreamK::kMaxWarpgroups && kTileRows * kMaxTokens <= StreamK::kSlotFloats));
+  static_assert(kBoxTokens == 0 || !kConfig.shares);  // copying warps find work for themselves, in turn
+  static_assert(!kConfig.shares ||
+                (kWarpgroups <= Sharing::kMaxWarpgroups && kTileRows * kMaxTokens <= Sharing::kSlotFloats));
 
   Shared& s;
   const Maps& maps;
   const GroupedGemmArgs& args;
-  const StreamK& stream_k;
+  const Sharing& sharing;
   const bool boxes;             // token rows come by the copy engine
   const int steps;              // of K
-  const int tiles = 0;          // all of them; known with stream-K and pairs only
+  const int tiles = 0;          // all of them; known where blocks share something only
   const bool by_steps = false;  // deal out steps
+  const bool dynamic = false;   // blocks take the next tile when they are done
   const bool pairs = false;     // blocks work in pairs
 
   /// First of this block's steps, counted over all tiles.
@@ -161,7 +168,7 @@ struct Pipeline {
     return static_cast<int>(static_cast<std::int64_t>(tiles) * steps * block / gridDim.x);
   }
 
-  /// This block's work in turn; every method is called by a whole warp.
+  /// This block's work, one item after the other; every method is called by a whole warp.
   class Queue {
    public:
     __device__ explicit Queue(const Pipeline& engine)
@@ -190,11 +197,37 @@ struct Pipeline {
       return work;
     }
 
+    /// Goes on with this tile instead of the one whose turn it is.
+    __device__ void go_on_with(int number) { next_ = number; }
+
    private:
     const Pipeline& engine_;
     TileCursor cursor_;
     int next_, end_;
   };
+
+  // ---- dynamic: a counter of tiles in the workspace, one thread a block
+  /// Before blocks ask: each has its first tile by its own number.
+  __device__ __forceinline__ void open_counter() const {
+    sharing.flags[1] = gridDim.x;
+    store_release(sharing.flags, Sharing::kRaised);
+  }
+
+  /// Until the counter is open: whatever the workspace held before, no block counts on from there. Once only,
+  /// for acquiring empties the L1 cache, and fp4's scales with it.
+  __device__ __forceinline__ void await_counter() const {
+    dev::wait_for_predecessor();  // which may use the same workspace
+    while (load_acquire(sharing.flags) != Sharing::kRaised) {
+    }
+  }
+
+  /// The number of a tile that no other block has, or one behind the last. Every block asks until it gets
+  /// such a one: who gets the last of those closes the counter.
+  __device__ __forceinline__ int take_tile() const {
+    const int number = static_cast<int>(atomicAdd(sharing.flags + 1, 1));
+    if (number == tiles + static_cast<int>(gridDim.x) - 1) *sharing.flags = 0;
+    return number;
+  }
 
   /// A consumer warp is done with a stage, which both blocks of a pair refill.
   __device__ __forceinline__ void release(int stage) const {
@@ -219,10 +252,8 @@ struct Pipeline {
   /// A whole warp: steps_of(work, at) for each work item and, with no rows, for the word that there is no
   /// more.
   template <class StepsOf>
-  __device__ __forceinline__ void for_each_work(const StepsOf& steps_of) const {
-    Queue queue(*this);
-    Ring at;
-    for (;;) {
+  __device__ __forceinline__ void for_each_work(Queue& queue, const StepsOf& steps_of) const {
+    for (Ring at;;) {
       const Work work = queue.pop();
       steps_of(work, at);
       if (work.tile.rows == 0) return;
@@ -230,36 +261,47 @@ struct Pipeline {
     }
   }
 
-  /// One thread: arrives at every step of the work item, with `bytes` that copy(k, stage) brings.
+  /// One thread: arrives at every step of the work item, with `bytes` that copy(k, stage) brings. The word
+  /// that there is no more is a step.
   template <class Copy>
   __device__ __forceinline__ void produce(const Work& work, Ring at, int bytes, const Copy& copy) const {
     const int end = work.tile.rows == 0 ? work.begin + 1 : work.end;
     for (int k = work.begin; k < end; ++k) {
       barrier_wait(&s.empty[at.stage], at.phase ^ 1);
-      if (bytes > 0) {
-        barrier_arrive_expect(&s.full[at.stage], bytes);
-        copy(k, at.stage);
-      } else {
-        barrier_arrive(&s.full[at.stage]);
-      }
+      barrier_arrive_expect(&s.full[at.stage], bytes);
+      copy(k, at.stage);
       at.advance();
     }
   }
 
   __device__ __forceinline__ void copy_weights(bool evict) const {
-    for_each_work([&](const Work& work, Ring at) {
+    Queue queue(*this);
+    bool open = false;
+    for_each_work(queue, [&](const Work& work, Ring at) {
+      // Late, so that no block keeps a tile waiting, and early enough for the answer to be there.
+      const int ask_at = kConfig.shares && dynamic ? max(work.begin, work.end - kAsksAhead) : -1;
+      int next = 0;
       if (elect_one()) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
         s.work[at.stage] = work;
-        produce(work, at, work.tile.rows > 0 ? Shared::kWeightBytes : 0,
-                [&](int k, int stage) { copy_weight_rows(work.tile, k, stage, evict); });
+        const bool multiplies = work.tile.rows > 0;
+        produce(work, at, multiplies ? Shared::kWeightBytes : 0, [&](int k, int stage) {
+          barrier_arrive(&s.given[stage]);
+          if (multiplies) copy_weight_rows(work.tile, k, stage, evict);
+          if (k == ask_at) {
+            if (!open) await_counter();
+            next = take_tile();
+          }
+        });
       }
       __syncwarp();
+      if (kConfig.shares && dynamic) queue.go_on_with(__reduce_max_sync(~0u, next)), open = true;
     });
   }
 
   __device__ __forceinline__ void copy_tokens() const {
-    for_each_work([&](const Work& work, Ring at) {
+    Queue queue(*this);
+    for_each_work(queue, [&](const Work& work, Ring at) {
       if (work.tile.rows > 0) Loop::prefetch(*this, work, threadIdx.x % 32, 32);
       if (elect_one()) {
         const int token_boxes = token_boxes_of(work.tile);
@@ -268,6 +310,13 @@ struct Pipeline {
       }
       __syncwarp();
     });
+  }
+
+  /// A whole warp: the work item that starts in a stage, one of whose threads may give the stage back.
+  __device__ __forceinline__ Work work_in(int stage) const {
+    const Work work = s.work[stage];
+    __syncwarp();
+    return work;
   }
 
   /// One box of all rows; when gated, one for each block. Where blocks can work in pairs two boxes, of which
@@ -349,13 +398,11 @@ struct Pipeline {
     [[maybe_unused]] std::uint32_t own[Shared::kSharedSources ? 1 : kRows];  // where the rows stand in x
     [[maybe_unused]] std::uint32_t* sources = s.sources[row];
 
-    Queue queue(*this);
-    Ring at;
-    for (;;) {
-      const Work work = queue.pop();
+    for (Ring at;;) {
+      barrier_wait(&s.given[at.stage], at.phase);
+      const Work work = s.work[at.stage];
       const Tile& tile = work.tile;
       if (tile.rows == 0) {
-        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
         barrier_arrive(&s.full[at.stage]);
         return;
       }
@@ -374,7 +421,9 @@ struct Pipeline {
       if (tile.rows > 0) Loop::prefetch(*this, work, thread, kGatherThreads);
       typename Loop::template Gather<Pipeline> extra(*this, work, thread);
       for (int k = work.begin; k < work.end; ++k) {
-        barrier_wait(&s.empty[at.stage], at.phase ^ 1);
+        // Warp 0 has seen that the stage is empty. Waiting for that instead would let these warps come a
+        // whole ring ahead of it, and take the given of one step for that of another.
+        barrier_wait(&s.given[at.stage], at.phase);
 #pragma unroll
         for (int line = 0; line < Loop::kTokenLines; ++line) {
           const std::uint32_t tokens = smem_address(s.tokens[at.stage][line]);
@@ -430,8 +479,7 @@ struct Pipeline {
 template <class Engine>
 __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
     grouped_gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GroupedGemmArgs args,
-                        const __grid_constant__ StreamK stream_k, const bool boxes,
-                        const bool evict_weights) {
+                        const __grid_constant__ Sharing sharing, const bool boxes, const bool evict_weights) {
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<typename Engine::Shared*>(raw);
@@ -445,6 +493,7 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
     if (copies_tokens) prefetch_map(&maps.x);
     if (Engine::kTokensAreRows) prefetch_map(&maps.out);
     for (int i = 0; i < kConfig.stages; ++i) {
+      barrier_init(&s.given[i], 1);
       barrier_init(&s.full[i], arrivals);
       barrier_init(&s.empty[i], Engine::kConsumerWarps * (pairs ? 2 : 1));
     }
@@ -454,13 +503,16 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   // wait.
   if (!args.offsets_settled) dev::wait_for_predecessor();
   count_group_tiles(args, s.group_tiles);
-  const bool by_steps = kConfig.stream_k && stream_k.enabled;
+  const bool by_steps = kConfig.shares && sharing.by == Sharing::kSteps;
   if (pairs) dev::cluster_arrive(), dev::cluster_wait();  // the other block's barriers are there too
   __syncthreads();
 
-  Engine engine{{s, maps, args, stream_k, copies_tokens,
-                 (args.k + Engine::Loop::kStepK - 1) / Engine::Loop::kStepK,
-                 by_steps || pairs ? count_tiles(args, s.group_tiles) : 0, by_steps, pairs}};
+  const bool shares = kConfig.shares && sharing.by != Sharing::kNothing;
+  const int tiles = shares || pairs ? count_tiles(args, s.group_tiles) : 0;
+  const bool dynamic = shares && !by_steps && tiles > static_cast<int>(gridDim.x);
+  Engine engine{{s, maps, args, sharing, copies_tokens,
+                 (args.k + Engine::Loop::kStepK - 1) / Engine::Loop::kStepK, tiles, by_steps, dynamic,
+                 pairs}};
   if (threadIdx.x >= Engine::kConsumerWarps * 32) {
     give_registers<Engine::kProducerRegisters>();
     const int warp = threadIdx.x / 32 - Engine::kConsumerWarps;
@@ -481,7 +533,8 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
     take_registers<Engine::kConsumerRegisters>();
     dev::wait_for_predecessor();
     if (by_steps && threadIdx.x % 128 == 0)
-      stream_k.flags[Engine::kWarpgroups * blockIdx.x + threadIdx.x / 128] = 0;
+      sharing.flags[Engine::kWarpgroups * blockIdx.x + threadIdx.x / 128] = 0;
+    if (dynamic && blockIdx.x == 0 && threadIdx.x == 0) engine.open_counter();
     engine.compute();
   }
   if (pairs) {  // the other block still arrives at this one's barriers

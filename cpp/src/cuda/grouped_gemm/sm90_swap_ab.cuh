@@ -50,8 +50,8 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
   using Base::kTiling;
   using Base::kWarpgroups;
   using Base::s;
+  using Base::sharing;
   using Base::steps;
-  using Base::stream_k;
   using Base::tile_row;
   using typename Base::Form, typename Base::Ring, typename Base::Shared, typename Base::T;
   static constexpr bool kEveryWidth = typename Loop::template Widths<kTiling>{}.size() == kMaxTokens / 8;
@@ -68,7 +68,7 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
     Ring at;
     for (;;) {
       barrier_wait(&s.full[at.stage], at.phase);
-      const Work work = s.work[at.stage];
+      const Work work = this->work_in(at.stage);
       if (work.tile.rows == 0) return;
       if (Base::kPairs && work.tile.rows == kGoesAlong)
         Base::pass_over(work, at);
@@ -98,7 +98,7 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
     Loop::template multiply<kTokens>(*this, work, at, d);
 
     // Phase 2: parts of a tile meet, then the epilogue.
-    if constexpr (kConfig.stream_k)
+    if constexpr (kConfig.shares)
       if (!add_parts<kTokens>(work, d)) return;
     if (args.epilogue.row_weights) scale_rows<kTokens>(work.tile, d);
     store_products<kTokens>(work.tile, d);
@@ -124,14 +124,14 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
   __device__ __forceinline__ bool add_parts(const Work& work, float (&d)[kBlocks][kTokens / 2]) {
     constexpr int kFloats = kBlocks * kTokens / 2;
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-    float* sums = stream_k.sums + warpgroup * (StreamK::kSlotFloats / kWarpgroups) + thread;
+    float* sums = sharing.sums + warpgroup * (Sharing::kSlotFloats / kWarpgroups) + thread;
     if (work.begin > 0) {
-      float* mine = sums + blockIdx.x * StreamK::kSlotFloats;
+      float* mine = sums + blockIdx.x * Sharing::kSlotFloats;
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) __stcg(mine + i * 128, d[i / (kTokens / 2)][i % (kTokens / 2)]);
       __threadfence();
       warpgroup_sync(warpgroup);
-      if (thread == 0) store_release(&stream_k.flags[kWarpgroups * blockIdx.x + warpgroup], StreamK::kRaised);
+      if (thread == 0) store_release(&sharing.flags[kWarpgroups * blockIdx.x + warpgroup], Sharing::kRaised);
       return false;
     }
     const int tile_end = (work.number + 1) * steps;
@@ -140,10 +140,10 @@ struct SwapAb : Pipeline<Loop, Form_, kTiling_> {
       const int block_end = min(tile_end, first_step(block + 1));
       if (block_end == reached) continue;  // it has no steps at all
       reached = block_end;
-      unsigned long long* flag = &stream_k.flags[kWarpgroups * block + warpgroup];
-      while (load_acquire(flag) != StreamK::kRaised) {
+      unsigned long long* flag = &sharing.flags[kWarpgroups * block + warpgroup];
+      while (load_acquire(flag) != Sharing::kRaised) {
       }
-      const float* theirs = sums + block * StreamK::kSlotFloats;
+      const float* theirs = sums + block * Sharing::kSlotFloats;
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) d[i / (kTokens / 2)][i % (kTokens / 2)] += __ldcg(theirs + i * 128);
       warpgroup_sync(warpgroup);
