@@ -112,7 +112,7 @@ def op_key(record: dict[str, Any]) -> str:
 def op_keys(machine: Machine) -> list[str]:
     found = {op_key(t) for t in machine.ours()}
     order = ["fused_experts", "grouped_gemm.up", "grouped_gemm.down", *OPS]
-    return [key for key in order if key in found]
+    return [key for key in dict.fromkeys(order) if key in found]
 
 
 def op_table(machine: Machine, key: str) -> str:

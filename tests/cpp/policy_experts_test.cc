@@ -103,6 +103,24 @@ TEST(PolicyGroupedGemm, BlocksPairWhereTheyMeetTheSameWeights) {
   EXPECT_EQ(pairs({OperandForm::kFloat, OperandForm::kMxfp4}, 256), 0);
 }
 
+TEST(PolicyGroupedGemm, LinesComeAheadOfTheirStepWhereTilesShareThem) {
+  auto promotion = [](FormPair forms, std::int64_t rows_per_expert, std::int64_t weight_rows) {
+    constexpr std::int64_t kExperts = 128;
+    return cuda::sm90::select_policy(forms, rows_per_expert * kExperts, kExperts, weight_rows, 2048, 132)
+        .promotion;
+  };
+  for (FormPair forms : {FormPair{}, FormPair{OperandForm::kFp8Block128, OperandForm::kFp8Block128}}) {
+    EXPECT_EQ(promotion(forms, 1, 1536), 128);
+    EXPECT_EQ(promotion(forms, 64, 1536), 128);
+    EXPECT_EQ(promotion(forms, 256, 1536), 256);
+  }
+  // fp4: with what is evicted first, as long as it is no more than leaves L2 room.
+  const FormPair fp4{OperandForm::kFloat, OperandForm::kMxfp4};
+  EXPECT_EQ(promotion(fp4, 1, 1536), 128);
+  EXPECT_EQ(promotion(fp4, 1, 6144), 256);
+  EXPECT_EQ(promotion(fp4, 64, 1536), 256);
+}
+
 // gpt-oss-120b, routed evenly: the winners of bench/results/h200-gemm-fp4-2026-11-24.jsonl.
 TEST(PolicyGroupedGemm, TilesOfFp4WeightsFollowTheRowsOfAnExpert) {
   struct Choice {

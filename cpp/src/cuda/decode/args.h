@@ -6,18 +6,15 @@
 
 #include "cuda/decode/policy.h"
 #include "cuda/device/division.cuh"
+#include "cuda/device/grid_counter.cuh"
 #include "cuda/grouped_gemm/args.h"
 
 namespace moecore::cuda::decode {
 
-/// Progress of the grid, at the start of the workspace. Whatever it held before, the rest is in use only
-/// while `open` holds kOpen: block 0 clears the counters before it opens them, and the last block to leave
-/// closes.
+/// Progress of the grid, at the start of the workspace. `ready` is in use while `left` is open: block 0
+/// clears it before.
 struct Progress {
-  static constexpr unsigned long long kOpen = 0x6D6F65636F726521ull;
-
-  unsigned long long open;
-  unsigned left;               // blocks that look at no counter any more
+  dev::GridCounter left;       // token warps that look at `ready` no more
   unsigned ready[kMaxRoutes];  // columns of the intermediate rows of a pass that are there
 };
 

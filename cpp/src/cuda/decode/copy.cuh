@@ -87,8 +87,7 @@ __device__ inline void copy_tokens(const DecodeArgs& args, Smem& smem, std::byte
   auto await_pass = [&](int pass) {
     if (pass < ready) return;
     if (ready < 0) {
-      while (load_acquire(&progress.open) != Progress::kOpen) {
-      }
+      progress.left.await_open();
       ready = 0;
     }
     while (ready <= pass) {
@@ -109,7 +108,7 @@ __device__ inline void copy_tokens(const DecodeArgs& args, Smem& smem, std::byte
     looks = false;
     await_pass(passes - 1);
     __syncwarp();
-    if (lane == 0 && atomicAdd(&progress.left, 1) == gridDim.x * kTokenWarps - 1) progress.open = 0;
+    if (lane == 0) progress.left.take(gridDim.x * kTokenWarps - 1);
   };
   for (Tile tile; walk.next(tile);) {
     const Product& product = tile.down ? args.down : args.up;

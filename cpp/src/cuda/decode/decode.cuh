@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   if (blockIdx.x == 0 && warp == kFirstEpilogueWarp) {
     Progress& progress = *args.progress;
     for (int i = threadIdx.x % 32; i < passes; i += 32) progress.ready[i] = 0;
-    if (threadIdx.x % 32 == 0) progress.left = 0;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) store_release(&progress.open, Progress::kOpen);
+    if (threadIdx.x % 32 == 0) progress.left.open(0);
   }
   const Walk walk(args, smem, routes, passes);
   if (warp < kWeightWarps)

@@ -152,9 +152,7 @@ __device__ inline void publish(const DecodeArgs& args, Smem& smem, Walk walk) {
   int fenced = 0;  // tiles that a fence covers
   for (Tile tile; walk.next(tile) && !tile.down;) {
     // Not earlier: only a block with columns to tell of can be sure that the others wait for it.
-    if (tile_number == 0)
-      while (load_acquire(&progress.open) != Progress::kOpen) {
-      }
+    if (tile_number == 0) progress.left.await_open();
     if (tile_number == fenced) {
       flush();
       while (!is_stored()) __nanosleep(20);

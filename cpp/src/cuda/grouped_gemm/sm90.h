@@ -6,6 +6,10 @@
 #include "moecore/dtype.h"
 #include "ops/grouped_gemm.h"
 
+namespace moecore::cuda::dev {
+struct GridCounter;
+}
+
 namespace moecore::cuda::sm90 {
 
 inline constexpr int kLineBytes = 128;  // of K, of one row: what the swizzle and the gather work with
@@ -88,8 +92,8 @@ constexpr bool holds_scale_blocks(Family family, const TileConfig& config) {
 }
 
 /// What blocks share by way of the workspace: partial sums of tiles, or the number of the next tile. Whatever
-/// the workspace held before, a slot is full and the counter counts where a flag holds kRaised; whoever needs
-/// it last lowers it.
+/// the workspace held before, a slot of sums is full where its flag holds kRaised; who takes the sums lowers
+/// it.
 struct Sharing {
   static constexpr unsigned long long kRaised = 0x6D6F65636F726521ull;
   static constexpr int kMaxBlocks = 256, kMaxWarpgroups = 4;
@@ -99,8 +103,9 @@ struct Sharing {
       kMaxBlocks * (kMaxWarpgroups * sizeof(unsigned long long) + kSlotFloats * sizeof(float));
 
   enum By { kNothing, kTiles, kSteps } by = kNothing;
-  unsigned long long* flags = nullptr;  // [blocks, warpgroups]; by tiles the counter's flag and the counter
-  float* sums = nullptr;                // [blocks, kSlotFloats]
+  dev::GridCounter* next_tile = nullptr;  // by tiles
+  unsigned long long* flags = nullptr;    // by steps, [blocks, warpgroups]
+  float* sums = nullptr;                  // by steps, [blocks, kSlotFloats]
 };
 
 /// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights). `boxes`: the rows of x are

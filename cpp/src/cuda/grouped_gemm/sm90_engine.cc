@@ -70,7 +70,8 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
          {"dynamic", &chosen.dynamic, {0, 1}},
          {"quantize_out", &chosen.quantize_out, {0, 1}},
          {"pairs", &chosen.pairs, {0, 1}},
-         {"evict_weights", &chosen.evict_weights, {0, 1}}});
+         {"evict_weights", &chosen.evict_weights, {0, 1}},
+         {"promotion", &chosen.promotion, {128, 256}}});
     return chosen;
   });
   auto workspace_suffices = [&] {
@@ -174,13 +175,14 @@ Encode encoder() {
 template <int kDims>
 CUtensorMap encode_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&dims)[kDims],
                        const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims],
-                       CUtensorMapSwizzle swizzle) {
+                       CUtensorMapSwizzle swizzle,
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   cuuint32_t dense[kDims];
   std::fill_n(dense, kDims, 1);
   CUtensorMap map;
-  const CUresult status = encoder()(&map, type, kDims, const_cast<void*>(data), dims, strides, box, dense,
-                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encoder()(&map, type, kDims, const_cast<void*>(data), dims, strides, box, dense,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue, "grouped_gemm",
         "encoding a tensor map");
   return map;
@@ -220,7 +222,9 @@ CUtensorMap out_map(const GroupedGemmProblem& p) {
 ///   gated: dimensions (K, 8b, 2, I/8b, E) for b blocks, boxes (step, 8, 2, rows/16, 1): eight gate
 ///          rows, eight up rows, and so on, whether the checkpoint holds them as two halves or row by row.
 /// `rows` are what one of a step's boxes brings.
-CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const sm90::TileConfig& config) {
+CUtensorMap weight_map(const GroupedGemmProblem& p, const sm90::Policy& policy) {
+  const sm90::Family family = policy.family;
+  const sm90::TileConfig config = policy.tiles();
   const bool is_float = family == sm90::Family::kFloat;
   const cuuint64_t bits = element_bits(p.weight_scales.form, p.dtype);
   const cuuint64_t pitch = p.weight_row_stride * bits / 8, inter = p.n / 2;
@@ -244,7 +248,8 @@ CUtensorMap weight_map(const GroupedGemmProblem& p, sm90::Family family, const s
   // Codes that become bf16 are read by threads, 64 bytes of a row after the other.
   return encode_map(
       is_float ? element_type(p.dtype) : CU_TENSOR_MAP_DATA_TYPE_UINT8, p.weights, dims, strides, box,
-      family == sm90::Family::kDecoded ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B);
+      family == sm90::Family::kDecoded ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+      policy.promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 /// The instance of `choose` for the policy's tiling and a gated epilogue or not.
@@ -278,7 +283,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   const sm90::Policy policy = policy_for(p, device, ctx);
   const sm90::Kernel kernel = kernel_for(p, policy);
   const sm90::TileConfig config = policy.tiles();
-  sm90::Maps maps{.weights = weight_map(p, policy.family, config)};
+  sm90::Maps maps{.weights = weight_map(p, policy)};
   GroupedGemmArgs args = device_args(p);
   args.tiles = {.max_tokens = policy.max_tokens,
                 .token_step = config.token_step(),
@@ -318,6 +323,7 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
   sm90::Sharing sharing;
   if (policy.stream_k || policy.dynamic) {
     sharing.by = policy.stream_k ? sm90::Sharing::kSteps : sm90::Sharing::kTiles;
+    sharing.next_tile = reinterpret_cast<dev::GridCounter*>(workspace);
     sharing.flags = reinterpret_cast<unsigned long long*>(workspace);
     sharing.sums =
         reinterpret_cast<float*>(sharing.flags + sm90::Sharing::kMaxBlocks * sm90::Sharing::kMaxWarpgroups);

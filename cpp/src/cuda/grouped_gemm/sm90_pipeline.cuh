@@ -5,14 +5,16 @@
 //   out[r, f] = epilogue(sum_k weights[e(r), f, k] * x[row(r), k]), f32 accumulation
 //
 // The block has 2, 3 or 4 warpgroups that compute, and one that brings what they read. Of this one
-//   warp 0  finds work, says to all what a step belongs to (given[s], s.work), and copies weights with the
-//           copy engine;
+//   warp 0  finds work, says to those that compute or gather what a step belongs to (s.work), and copies
+//           weights with the copy engine;
 //   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`). Otherwise
 //           warps 1 to 3 gather them by number, with cp.async, in the 128-byte swizzle of the copy engine.
 //           Beside busy tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
 //   warp 2  brings what else a step needs, where no warp gathers.
+// Warps 1 and 2 of such tiles find their work themselves, in turn, as warp 0 does.
 // The others multiply over a ring of steps of K, then run the epilogue.
 // full[s]: all that copy and gather have arrived, and the bytes. empty[s]: all consumer warps are done.
+// given[s]: warp 0 has found stage and work of a step, which those that gather wait for.
 //
 // The weight rows of a step stand as [block][warpgroup][64]. When gated, every block is a box of its own that
 // alternates eight gate and eight up rows; of two blocks the first has columns 0-7 of every 16 and the second
@@ -43,6 +45,7 @@
 //   kQuantizesOut            whether gated tiles that hold whole blocks of scales can leave their rows as
 //                            codes (sm90_quantized_store.cuh)
 
+#include "cuda/device/grid_counter.cuh"
 #include "cuda/device/ptx.cuh"
 #include "cuda/grouped_gemm/epilogue.cuh"
 #include "cuda/grouped_gemm/sm90.h"
@@ -206,27 +209,19 @@ struct Pipeline {
     int next_, end_;
   };
 
-  // ---- dynamic: a counter of tiles in the workspace, one thread a block
-  /// Before blocks ask: each has its first tile by its own number.
-  __device__ __forceinline__ void open_counter() const {
-    sharing.flags[1] = gridDim.x;
-    store_release(sharing.flags, Sharing::kRaised);
-  }
+  // ---- dynamic: a counter of tiles in the workspace, for one thread of a block
+  /// Block 0, before any block asks: each has its first tile by its own number.
+  __device__ __forceinline__ void open_counter() const { sharing.next_tile->open(gridDim.x); }
 
-  /// Until the counter is open: whatever the workspace held before, no block counts on from there. Once only,
-  /// for acquiring empties the L1 cache, and fp4's scales with it.
+  /// Once only, for fp4's scales are in the L1 cache that this empties.
   __device__ __forceinline__ void await_counter() const {
     dev::wait_for_predecessor();  // which may use the same workspace
-    while (load_acquire(sharing.flags) != Sharing::kRaised) {
-    }
+    sharing.next_tile->await_open();
   }
 
-  /// The number of a tile that no other block has, or one behind the last. Every block asks until it gets
-  /// such a one: who gets the last of those closes the counter.
+  /// The number of a tile that no other block has, or one behind the last: such a one ends a block's asking.
   __device__ __forceinline__ int take_tile() const {
-    const int number = static_cast<int>(atomicAdd(sharing.flags + 1, 1));
-    if (number == tiles + static_cast<int>(gridDim.x) - 1) *sharing.flags = 0;
-    return number;
+    return static_cast<int>(sharing.next_tile->take(tiles + gridDim.x - 1));
   }
 
   /// A consumer warp is done with a stage, which both blocks of a pair refill.
