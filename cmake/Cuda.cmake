@@ -3,8 +3,9 @@
 
 set(MOECORE_RELEASE_ARCHITECTURES 80 90a 100f 120f)
 
-# Architectures of the GPUs of this machine, each in the variant that has all its instructions: 90a, 100f, 120f.
-# Empty without a GPU. CMake's own 'native' names plain architectures, which lack wgmma and the fp4 conversions.
+# Architectures of the GPUs of this machine, each in the variant that has all its instructions: 90a, 100f, 120f, and
+# before CMake 4.0.2, which does not know families, 100a, 120a. Empty without a GPU. CMake's own 'native' names plain
+# architectures, which lack wgmma and the fp4 conversions.
 function(moecore_native_architectures result)
   set(list)
   find_program(MOECORE_NVIDIA_SMI nvidia-smi)
@@ -19,7 +20,11 @@ function(moecore_native_architectures result)
       foreach(capability IN LISTS capabilities)
         string(REPLACE "." "" arch ${capability})
         string(REGEX REPLACE "^90$" "90a" arch ${arch})
-        string(REGEX REPLACE "^1([02]).$" "1\\10f" arch ${arch})
+        if(CMAKE_VERSION VERSION_LESS 4.0.2)
+          string(REGEX REPLACE "^1[02].$" "\\0a" arch ${arch})
+        else()
+          string(REGEX REPLACE "^1([02]).$" "1\\10f" arch ${arch})
+        endif()
         list(APPEND list ${arch})
       endforeach()
       list(REMOVE_DUPLICATES list)

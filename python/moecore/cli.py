@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "and why. Nothing runs.",
     )
     explain.add_argument("op", choices=moecore.OPS, metavar="OP", help=", ".join(moecore.OPS))
-    explain.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    explain.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 
 

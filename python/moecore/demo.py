@@ -83,7 +83,12 @@ def run(model: str, tokens: int, dtype: str, device: str, scale: float, threads:
 
 
 def explain(op: str, model: str, tokens: int, dtype: str, device: str) -> str:
-    """Which kernel ``op`` takes for the layer of ``model``; its tensors are shapes without contents."""
+    """Which kernel ``op`` takes for the layer of ``model``; its tensors are shapes without contents.
+
+    ``device`` "auto" is the GPU where one is there.
+    """
+    if device == "auto":
+        device = "cuda" if moecore.is_available("cuda") else "cpu"
     layer, arrays = MODELS[model], open_device(device)
     e, k, h, i = layer.num_experts, layer.top_k, layer.hidden, layer.inter
     rows = tokens * k
@@ -116,6 +121,7 @@ def explain(op: str, model: str, tokens: int, dtype: str, device: str) -> str:
     calls: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "route": lambda: ((empty(tokens, e, of="f32"), k), routing()),
         "plan": lambda: ((ids, e), {}),
+        "route_plan": lambda: ((empty(tokens, e, of="f32"), k), routing()),
         "permute": lambda: ((x, grouping), {}),
         "shuffle_rows": lambda: ((x, row_token), {}),
         "activate": lambda: ((empty(rows, 2 * i), layer.activation), activation),

@@ -140,16 +140,17 @@ TEST_P(GroupedGemm, PairsOfBlocks) {
   }
 }
 
-// More tiles than SMs, of fewer steps than the ring has stages, again and again: blocks ask for them in an
-// order of their own, and the counter opens and closes in a workspace full of poison.
+// More tiles than SMs, of one step to fewer than the ring has stages, again and again: blocks ask for them in
+// an order of their own, and the counter opens and closes in a workspace full of poison.
 TEST_P(GroupedGemm, TilesOnDemand) {
   if (const std::string why = no_tilings(); !why.empty()) GTEST_SKIP() << why;
-  GemmCase c{.counts = {40, 1, 0, 33}, .n = 6912, .k = 200, .gather = true};
-  for (const char* policy : {"prefill=0 stream_k=0 dynamic=0", "prefill=0 stream_k=0 dynamic=1"})
-    for (int repeat = 0; repeat < 3; ++repeat) {
-      c.policy = policy;
-      expect_gemm(c, Values::kIntegers);
-    }
+  for (std::int64_t k : {56, 104, 136, 200})
+    for (const char* policy : {"prefill=0 stream_k=0 dynamic=0", "prefill=0 stream_k=0 dynamic=1"})
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        GemmCase c{.counts = {40, 1, 0, 33}, .n = 6912, .k = k, .gather = true};
+        c.policy = policy;
+        expect_gemm(c, Values::kIntegers);
+      }
 }
 
 TEST_P(GroupedGemm, BitsDoNotDependOnThreadsOrRepeats) {

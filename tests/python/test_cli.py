@@ -73,7 +73,7 @@ def test_collect_env_imports_no_framework():
 
 @pytest.mark.parametrize("op", moecore.OPS)
 def test_explain_names_the_op_and_runs_nothing(capsys, op):
-    status, out, _ = run(capsys, "explain", op, "--model", "gpt-oss-20b", "--tokens", "5")
+    status, out, _ = run(capsys, "explain", op, "--model", "gpt-oss-20b", "--tokens", "5", "--device", "cpu")
     assert status == 0
     heading, reasons = out.split("\n", 1)
     assert heading.startswith(f"{op} of gpt-oss-20b, 5 tokens, bf16, cpu (")
@@ -83,7 +83,9 @@ def test_explain_names_the_op_and_runs_nothing(capsys, op):
 @pytest.mark.parametrize("model", MODELS)
 def test_explain_knows_every_model(capsys, model):
     """Tensors of 34 GB for the largest: they must never be touched."""
-    status, out, _ = run(capsys, "explain", "fused_experts", "--model", model, "--tokens", "1")
+    status, out, _ = run(
+        capsys, "explain", "fused_experts", "--model", model, "--tokens", "1", "--device", "cpu"
+    )
     assert status == 0
     assert "grouped_gemm" in out
 

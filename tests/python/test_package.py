@@ -21,6 +21,7 @@ OUTPUT = f"""\
 79 7c 7e
 0 0 0
 71 79 7e
+40e1 40e1
 moecore {moecore.__version__}: shuffle_rows: map is f32[3,3] cpu, expected dtype i32|i64
 """
 

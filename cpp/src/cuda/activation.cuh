@@ -1,5 +1,5 @@
 #pragma once
-// The activations on single f32 values. Shared by activate and by the epilogues of grouped_gemm.
+// The activations on single f32 values, for every kernel that has one.
 
 #include <limits>
 

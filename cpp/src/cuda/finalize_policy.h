@@ -32,7 +32,8 @@ inline bool finalize_can_be_direct(const FinalizePolicy& policy, const FinalizeP
   if (!policy.vectors) return false;
   if (p.dtype == DType::kE4M3 || p.out_dtype != p.dtype || p.slot_row.is_i64) return false;
   if (p.top_k != 2 && p.top_k != 4 && p.top_k != 8) return false;
-  if (p.num_rows > 0x7FFFFFFF || p.rows_stride * bit_width(p.dtype) / 8 > 0x7FFFFFFF) return false;
+  if (p.num_rows > 0x7FFFFFFF || p.rows_stride < 0 || p.rows_stride * bit_width(p.dtype) / 8 > 0x7FFFFFFF)
+    return false;
   auto vectors = [&](const void* data, std::int64_t stride, std::int64_t bytes) {
     const std::int64_t vector = std::min<std::int64_t>(16, p.top_k * bytes);
     return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(vector) == 0 &&

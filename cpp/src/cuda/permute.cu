@@ -1,8 +1,8 @@
 // permute, shuffle_rows: rows are moved as vectors of up to 16 bytes.
 //
 // Grid (slices, rows): a block owns a slice of threads * unroll vectors of one row, thread t its vectors
-// t, t + threads, ... of the slice, so that a warp touches 512 contiguous bytes. The last slice also moves
-// the bytes behind the last whole vector.
+// t, t + threads, ... of the slice, so that a warp touches 512 contiguous bytes. The first slice also
+// moves the bytes behind the last whole vector.
 //   by row:   row d of the output; load map[d], then x, then store.
 //   by token: row t of x; x and slot_row[t, :] are loaded together, then every copy is stored. Rows that no
 //             route owns stand at the end of the output; the blocks zero them in turn.

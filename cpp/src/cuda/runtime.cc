@@ -86,14 +86,31 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig& config, const void* kernel,
-                   void** args) {
+namespace {
+
+/// Lets a kernel have `bytes` of dynamic shared memory. Its limit goes to all that the device gives a block
+/// and stays there: it is one for all threads, and lowering it would take it from another one's launch.
+void admit_smem(const char* op, const DeviceInfo& device, const void* kernel, std::size_t bytes) {
   // Without opt-in a kernel gets 48 KiB, of which its static arrays take their part.
   constexpr std::size_t kSafeSmem = 32 * 1024;
-  if (config.smem_bytes > kSafeSmem)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.smem_bytes)),
-          op, "raising the shared memory limit");
+  if (bytes <= kSafeSmem) return;
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> raised;
+  const std::lock_guard lock(mutex);
+  if (raised.contains({device.index, kernel})) return;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), op, "reading the attributes of the kernel");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(device.smem_per_block - attributes.sharedSizeBytes)),
+        op, "raising the shared memory limit");
+  raised.emplace(device.index, kernel);
+}
+
+}  // namespace
+
+void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig& config, const void* kernel,
+                   void** args) {
+  admit_smem(op, device, kernel, config.smem_bytes);
   cudaLaunchAttribute attributes[3];
   unsigned num_attributes = 0;
   if (config.dependent && device.compute_capability >= 90) {
@@ -120,11 +137,9 @@ void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig&
   check(cudaLaunchKernelExC(&raw, kernel, args), op, "launching the kernel");
 }
 
-int blocks_per_sm(const char* op, const void* kernel, int threads, std::size_t smem_bytes) {
-  if (smem_bytes > 48 * 1024)  // a kernel whose limit is not raised fits nowhere
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(smem_bytes)),
-          op, "raising the shared memory limit");
+int blocks_per_sm(const char* op, const DeviceInfo& device, const void* kernel, int threads,
+                  std::size_t smem_bytes) {
+  admit_smem(op, device, kernel, smem_bytes);  // a kernel whose limit is not raised fits nowhere
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, smem_bytes), op,
         "reading the occupancy");

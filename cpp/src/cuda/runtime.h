@@ -2,11 +2,12 @@
 // The host side of every CUDA op: device facts, errors, launches and the record of what was chosen.
 //
 // An op reads
-//   const Device& device = open_device("finalize", ctx);          // exists, and this build has code for it
+//   const DeviceInfo& device = open_device("finalize", ctx);      // exists, and this build has code for it
 //   const FinalizePolicy policy = select_finalize_policy(device.num_sms, ...);
 //   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
 //   DeviceGuard guard(device);
-//   launch("finalize", {.grid = ..., .block = ..., .stream = stream(ctx), .dependent = true}, kernel, args);
+//   launch("finalize", device, {.grid = ..., .block = ..., .stream = stream(ctx), .dependent = true}, kernel,
+//   args);
 // Nothing here synchronises or allocates device memory, and the calling thread's current device is restored.
 
 #include <cuda_runtime.h>
@@ -59,7 +60,8 @@ inline constexpr std::int64_t kMaxGridY = 65535;
 struct LaunchConfig {
   dim3 grid{1};
   dim3 block{1};
-  std::size_t smem_bytes = 0;  // dynamic shared memory; the kernel's limit is raised where needed
+  std::size_t smem_bytes =
+      0;  // dynamic shared memory; the kernel's limit is raised to the device's where needed
   cudaStream_t stream = nullptr;
   /// Programmatic dependent launch: the kernel may start while its predecessor drains, so it must call
   /// dev::wait_for_predecessor() before it touches global memory. Ignored below compute capability 9.0.
@@ -84,8 +86,9 @@ void launch(const char* op, const DeviceInfo& device, const LaunchConfig& config
   }(std::forward<Args>(args)...);
 }
 
-/// Blocks of `kernel` that fit one SM.
-int blocks_per_sm(const char* op, const void* kernel, int threads, std::size_t smem_bytes);
+/// Blocks of `kernel` that fit one SM of the current device, which must be `device`.
+int blocks_per_sm(const char* op, const DeviceInfo& device, const void* kernel, int threads,
+                  std::size_t smem_bytes);
 
 /// MOECORE_LOG: 0 unset, 1 "info" (each distinct choice once), 2 "debug" (every call).
 int log_level();

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/strides.h"
 #include "core/table.h"
 #include "moecore/finalize.h"
 #include "moecore/grouped_gemm.h"
@@ -121,7 +122,7 @@ FusedExpertsProblem decode_problem(const Check& check, const TensorView& x, cons
                         .weights_stride = weights.strides[0],
                         .weight_on_input = options.apply_router_weight_on_input,
                         .out = out.data,
-                        .out_stride = out.strides[0],
+                        .out_stride = stride(out, 0),
                         .num_tokens = x.shape[0],
                         .top_k = ids.shape[1],
                         .num_experts = experts.num_experts(),
@@ -139,8 +140,8 @@ FusedExpertsProblem decode_problem(const Check& check, const TensorView& x, cons
                      const std::optional<TensorView>& bias) {
     GroupedGemmProblem g{.dtype = x.dtype,
                          .weights = matrix.data,
-                         .weight_expert_stride = matrix.strides[0],
-                         .weight_row_stride = matrix.strides[1],
+                         .weight_expert_stride = stride(matrix, 0),
+                         .weight_row_stride = stride(matrix, 1),
                          .num_experts = matrix.shape[0],
                          .n = matrix.shape[1],
                          .k = matrix.shape[2]};
@@ -155,7 +156,7 @@ FusedExpertsProblem decode_problem(const Check& check, const TensorView& x, cons
   };
   p.up = product(w13, experts.w13_scales, experts.w13_bias);
   p.up.x = x.data;
-  p.up.x_stride = x.strides[0];
+  p.up.x_stride = stride(x, 0);
   p.up.activation = experts.activation;
   p.down = product(w2, experts.w2_scales, experts.w2_bias);
   return p;

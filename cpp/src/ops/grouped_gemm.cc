@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "core/check.h"
+#include "core/strides.h"
 #include "ops/activate.h"
 #include "ops/finalize.h"
 #include "ops/quantize.h"
@@ -141,10 +142,10 @@ GroupedGemmProblem make_grouped_gemm_problem(const Check& check, const TensorVie
   GroupedGemmProblem problem{.dtype = out.dtype,
                              .x = x.data,
                              .x_rows = x.shape[0],
-                             .x_stride = x.strides[0],
+                             .x_stride = stride(x, 0),
                              .weights = weights.data,
-                             .weight_expert_stride = weights.strides[0],
-                             .weight_row_stride = weights.strides[1],
+                             .weight_expert_stride = stride(weights, 0),
+                             .weight_row_stride = stride(weights, 1),
                              .expert_offsets = static_cast<const std::int32_t*>(expert_offsets.data),
                              .num_experts = num_experts,
                              .num_rows = num_rows,
@@ -153,7 +154,7 @@ GroupedGemmProblem make_grouped_gemm_problem(const Check& check, const TensorVie
                              .activation = options.activation,
                              .offsets_settled = options.offsets_settled,
                              .out = out.data,
-                             .out_stride = out.strides[0]};
+                             .out_stride = stride(out, 0)};
   if (options.x_scales) problem.x_scales = check_operand_scales(check, "x_scales", *options.x_scales, x);
   if (options.weight_scales)
     problem.weight_scales = check_operand_scales(check, "weight_scales", *options.weight_scales, weights);

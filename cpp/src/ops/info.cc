@@ -20,6 +20,7 @@ struct OpInstances {
 constexpr OpInstances kInstances[] = {
     {"route", RouteTypes::kRows},
     {"plan", IndexTypes::kRows},
+    {"route_plan", RouteTypes::kRows},
     {"permute", {}},
     {"shuffle_rows", {}},
     {"activate", ActivateTypes::kRows},
@@ -75,7 +76,9 @@ std::vector<std::string> supported(std::string_view op) {
     if (names.empty()) names.emplace_back("any");
     return names;
   }
-  throw InvalidArgument("supported: op is \"" + std::string(op) + "\", expected the name of an op");
+  std::string names;
+  for (const OpInstances& row : kInstances) names += (names.empty() ? "" : ", ") + std::string(row.op);
+  throw InvalidArgument("supported: op is \"" + std::string(op) + "\", expected one of " + names);
 }
 
 Roof measure_roof(Device device) {

@@ -6,8 +6,9 @@ takes tensors of any DLPack framework; `out=` writes into the caller's tensors i
 means nothing on CPU.
 
 Errors: TypeError for an element type or a non-tensor, ValueError for a shape, device or value,
-NotImplementedError for valid input without a kernel in this build, BackendError for a missing device. Outputs
-are untouched in each case.
+NotImplementedError for valid input without a kernel in this build, BackendError for a missing device, and
+RuntimeError for an input that requires a gradient while torch records them. Outputs are untouched in each
+case.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 OPS = (
     "route",
     "plan",
+    "route_plan",
     "permute",
     "shuffle_rows",
     "activate",

@@ -11,40 +11,6 @@ namespace moecore::cuda::decode {
 
 inline constexpr int kBarrierEpilogues = 1;  // named barrier 0 is __syncthreads
 
-/// Not inlined: the kinds' code once.
-__device__ __noinline__ inline float apply_activation(const EpilogueArgs& e, float gate, float up) {
-  const ActivationParams params{e.alpha, e.beta, e.limit};
-  float y = 0.0f;
-  auto apply = [&]<ActivationKind kKind>() {
-    y = e.gated ? activate_gated<kKind>(gate, up, params) : activate_plain<kKind>(gate, params);
-  };
-  using enum ActivationKind;
-  switch (e.kind) {
-    case kSilu:
-      apply.template operator()<kSilu>();
-      break;
-    case kGelu:
-      apply.template operator()<kGelu>();
-      break;
-    case kGeluTanh:
-      apply.template operator()<kGeluTanh>();
-      break;
-    case kQuickGelu:
-      apply.template operator()<kQuickGelu>();
-      break;
-    case kRelu:
-      apply.template operator()<kRelu>();
-      break;
-    case kRelu2:
-      apply.template operator()<kRelu2>();
-      break;
-    case kSwigluOai:
-      apply.template operator()<kSwigluOai>();
-      break;
-  }
-  return y;
-}
-
 /// The product of weight row `row`, row `i` of the tile, with one token.
 template <class Format>
 __device__ __forceinline__ float sum_partials(const Product& product, const Partials& partials, int expert,

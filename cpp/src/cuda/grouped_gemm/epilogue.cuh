@@ -8,23 +8,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/activation.cuh"
 #include "cuda/device/convert.cuh"
+#include "cuda/device/math.cuh"
 #include "cuda/grouped_gemm/args.h"
 #include "cuda/types.cuh"
 
 namespace moecore::cuda {
-
-/// min and max that return NaN when either side is NaN.
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float r;
-  asm("min.NaN.f32 %0,%1,%2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float r;
-  asm("max.NaN.f32 %0,%1,%2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
 
 /// The product itself.
 struct Linear {
@@ -50,12 +40,37 @@ struct SigmoidGate {
   static constexpr bool kGated = true;
   static __device__ __forceinline__ float apply(const EpilogueArgs& args, float gate, float up) {
     constexpr float kLargestSquare = 1e30f;  // keeps 0 * infinity out of the kinds without a cubic part
-    gate = min_nan(gate, args.limit);
-    up = max_nan(min_nan(up, args.limit), -args.limit) + args.beta;
+    gate = dev::min_or_nan(gate, args.limit);
+    up = dev::max_or_nan(dev::min_or_nan(up, args.limit), -args.limit) + args.beta;
     const float slope = __fmaf_rn(args.cubic_log2e, fminf(gate * gate, kLargestSquare), args.linear_log2e);
     return gate * reciprocal_approx(1.0f + exp2_approx(gate * slope)) * up;
   }
 };
+
+/// The activation by the number of its kind. Not inlined: the kinds' code once, not for every accumulator.
+__device__ __noinline__ inline float apply_activation(const EpilogueArgs& e, float gate, float up) {
+  const ActivationParams params{e.alpha, e.beta, e.limit};
+  auto apply = [&]<ActivationKind kKind>() {
+    return e.gated ? activate_gated<kKind>(gate, up, params) : activate_plain<kKind>(gate, params);
+  };
+  using enum ActivationKind;
+  switch (e.kind) {
+    case kSilu:
+      return apply.template operator()<kSilu>();
+    case kGelu:
+      return apply.template operator()<kGelu>();
+    case kGeluTanh:
+      return apply.template operator()<kGeluTanh>();
+    case kQuickGelu:
+      return apply.template operator()<kQuickGelu>();
+    case kRelu:
+      return apply.template operator()<kRelu>();
+    case kRelu2:
+      return apply.template operator()<kRelu2>();
+    default:
+      return apply.template operator()<kSwigluOai>();
+  }
+}
 
 /// The activation of a column's values from the first and the second eight of 16 weight rows.
 template <class Form>

@@ -189,7 +189,8 @@ void run_width(const GroupedGemmProblem& p, const DeviceInfo& device, const Exec
   args.tiles = {.max_tokens = kTokens, .weight_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows)};
   const auto kernel =
       rows_aligned(p) ? portable_kernel<T, kTokens, true> : portable_kernel<T, kTokens, false>;
-  const int blocks = blocks_per_sm("grouped_gemm", reinterpret_cast<const void*>(kernel), kThreads, 0);
+  const int blocks =
+      blocks_per_sm("grouped_gemm", device, reinterpret_cast<const void*>(kernel), kThreads, 0);
   launch("grouped_gemm", device,
          {.grid = dim3(device.num_sms * blocks),
           .block = dim3(kThreads),

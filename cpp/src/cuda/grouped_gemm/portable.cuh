@@ -20,31 +20,6 @@ inline constexpr int kThreads = 128;
 inline constexpr int kTileRows = 128;
 inline constexpr int kStages = 3;
 
-/// Not inlined: the kinds' code once, not for every accumulator.
-static __device__ __noinline__ float apply_activation(const EpilogueArgs& e, float gate, float up) {
-  const ActivationParams params{e.alpha, e.beta, e.limit};
-  auto apply = [&]<ActivationKind kKind>() {
-    return e.gated ? activate_gated<kKind>(gate, up, params) : activate_plain<kKind>(gate, params);
-  };
-  using enum ActivationKind;
-  switch (e.kind) {
-    case kSilu:
-      return apply.template operator()<kSilu>();
-    case kGelu:
-      return apply.template operator()<kGelu>();
-    case kGeluTanh:
-      return apply.template operator()<kGeluTanh>();
-    case kQuickGelu:
-      return apply.template operator()<kQuickGelu>();
-    case kRelu:
-      return apply.template operator()<kRelu>();
-    case kRelu2:
-      return apply.template operator()<kRelu2>();
-    default:
-      return apply.template operator()<kSwigluOai>();
-  }
-}
-
 template <class T, int kTokens>
 __device__ __forceinline__ void store(const EpilogueArgs& e, const Tile& tile,
                                       const float (&c)[2][kTokens / 8][4]) {

@@ -284,7 +284,8 @@ void run_width(const GroupedGemmProblem& p, const DeviceInfo& device, const Exec
   args.tiles = {.max_tokens = kTokens, .weight_tiles = static_cast<int>((p.n + kTileRows - 1) / kTileRows)};
   const auto kernel = quantized_kernel<X, W, kUnit, kTokens>;
   constexpr std::size_t kSmem = sizeof(Smem<X, W, kUnit, kTokens>);
-  const int blocks = blocks_per_sm("grouped_gemm", reinterpret_cast<const void*>(kernel), kThreads, kSmem);
+  const int blocks =
+      blocks_per_sm("grouped_gemm", device, reinterpret_cast<const void*>(kernel), kThreads, kSmem);
   launch("grouped_gemm", device,
          {.grid = dim3(device.num_sms * blocks),
           .block = dim3(kThreads),

@@ -95,7 +95,7 @@ constexpr bool holds_scale_blocks(Family family, const TileConfig& config) {
 /// the workspace held before, a slot of sums is full where its flag holds kRaised; who takes the sums lowers
 /// it.
 struct Sharing {
-  static constexpr unsigned long long kRaised = 0x6D6F65636F726521ull;
+  static constexpr unsigned long long kRaised = 0x6D6F65636F72653Full;
   static constexpr int kMaxBlocks = 256, kMaxWarpgroups = 4;
   /// f32 sums of one block's tile: 256 weight rows of 32 tokens.
   static constexpr std::size_t kSlotFloats = 256 * 32;

@@ -125,7 +125,10 @@ std::string refusal(const GroupedGemmProblem& p, const DeviceInfo& device, const
   if (p.weight_row_stride % weight_piece != 0 || p.weight_expert_stride % weight_piece != 0 ||
       p.weight_row_stride < p.k || (p.num_experts > 1 && p.weight_expert_stride <= 0))
     return "the strides of weights do not suit the copy engine";
-  if (p.x_rows * (p.x_stride / x_piece) > 0xFFFF0000ll) return "x is larger than 64 GiB";
+  // Rows are gathered by 32-bit numbers of 16 bytes.
+  const std::int64_t row_pieces = decoded ? sm90::prepared_k(p.k) / 8 : p.x_stride / x_piece;
+  if (row_pieces < 0) return "rows of x stand in descending order";
+  if (p.x_rows * row_pieces > 0xFFFF0000ll) return "x is larger than 64 GiB";
   if (p.quantized_out) {
     if (!aligned(p.quantized_out->codes) || p.quantized_out->pitch % 16 != 0)
       return "the codes of out are not 16-byte aligned";

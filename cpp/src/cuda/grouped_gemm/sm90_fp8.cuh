@@ -132,6 +132,7 @@ struct Fp8Loop : NoPrefetch {
       if (kBlockScales) first = tokens[0];
       wgmma_wait<0>();
       add(1, tokens, first, w[1]);
+      if constexpr (kBlockScales) __syncwarp();  // all lanes have read the scales
       engine.release(at.stage);
       at.advance();
     }

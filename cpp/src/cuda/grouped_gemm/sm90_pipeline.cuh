@@ -273,8 +273,10 @@ struct Pipeline {
     Queue queue(*this);
     bool open = false;
     for_each_work(queue, [&](const Work& work, Ring at) {
-      // Late, so that no block keeps a tile waiting, and early enough for the answer to be there.
-      const int ask_at = kConfig.shares && dynamic ? max(work.begin, work.end - kAsksAhead) : -1;
+      // Late, so that no block keeps a tile waiting, and early enough for the answer to be there. Never
+      // behind the last tile: the counter's last number is that of as many questions as there are tiles.
+      const bool asks = kConfig.shares && dynamic && work.tile.rows > 0;
+      const int ask_at = asks ? max(work.begin, work.end - kAsksAhead) : -1;
       int next = 0;
       if (elect_one()) {
         barrier_wait(&s.empty[at.stage], at.phase ^ 1);
@@ -499,7 +501,11 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   if (!args.offsets_settled) dev::wait_for_predecessor();
   count_group_tiles(args, s.group_tiles);
   const bool by_steps = kConfig.shares && sharing.by == Sharing::kSteps;
-  if (pairs) dev::cluster_arrive(), dev::cluster_wait();  // the other block's barriers are there too
+  if (pairs) {  // the other block's barriers are there too
+    __syncwarp();
+    dev::cluster_arrive();
+    dev::cluster_wait();
+  }
   __syncthreads();
 
   const bool shares = kConfig.shares && sharing.by != Sharing::kNothing;
