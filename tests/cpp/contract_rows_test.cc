@@ -71,6 +71,10 @@ TEST(Contract, ShuffleRows) {
            [](A& a) { a.out = restrided(a.out, 0, 0); },
            Error::kInvalidArgument,
            {"out is", "do not overlap"}},
+          {"out in the memory of x",
+           [](A& a) { a.x = a.out; },
+           Error::kInvalidArgument,
+           {"out is f32[3,6] cpu in the memory of x", "memory of its own"}},
       });
 }
 
@@ -260,6 +264,10 @@ TEST(Contract, Finalize) {
                           [](A& a) { a.out = restrided(resized(a.out, 1, 9), 0, 9); },
                           Error::kInvalidArgument,
                           {"out.shape[1] is 9", "at most rows.shape[1] = 8"}},
+                         {"out in the memory of rows",
+                          [](A& a) { a.rows = a.out; },
+                          Error::kInvalidArgument,
+                          {"out is bf16[3,7] cpu in the memory of rows", "memory of its own"}},
                          {"type of weights",
                           [](A& a) { a.options.weights = retyped(*a.options.weights, DType::kI32); },
                           Error::kInvalidType,

@@ -82,7 +82,7 @@ TEST(CoreInfo, IsConsistent) {
 
 TEST(CoreInfo, ListsWhatAnOpTakes) {
   using Names = std::vector<std::string>;
-  for (const char* op : {"route", "activate", "grouped_gemm", "fused_experts"})
+  for (const char* op : {"route", "route_plan", "activate", "grouped_gemm", "fused_experts"})
     EXPECT_EQ(supported(op), (Names{"f32", "f16", "bf16"})) << op;
   EXPECT_EQ(supported("finalize"), (Names{"f32", "f16", "bf16", "e4m3"}));
   EXPECT_EQ(supported("plan"), (Names{"i32", "i64"}));

@@ -411,6 +411,19 @@ TEST_P(FinalizeE4m3, ABlockOfZerosHasAScale) {
   expect_bits(none, {}, Array({3, 2}, 0.0), Array({0, 2}), Array({3, 2}, 1.0));
 }
 
+TEST_P(FinalizeE4m3, NoTokensLeaveNoScaleUnwritten) {
+  if (dtype() != DType::kE4M3) GTEST_SKIP() << "only e4m3 rows leave with scales";
+  for (std::int64_t hidden : {1, 200, 256}) {
+    const Tensor rows(device(), DType::kE4M3, {4, hidden}), slots(device(), DType::kI32, {0, 2});
+    Tensor out(device(), DType::kE4M3, {0, hidden}), scales(device(), DType::kF32, {(hidden + 127) / 128, 3});
+    FinalizeOptions options{.scale_layout = ScaleLayout::kColumnMajor};
+    options.out_scales = scales;
+    finalize(rows.read_only(), slots.read_only(), out, options, Call(device()));
+    EXPECT_TRUE(equal(scales.get(), Array({(hidden + 127) / 128, 3}, 0.0)));
+    EXPECT_TRUE(scales.surroundings_intact());
+  }
+}
+
 TEST_P(FinalizeE4m3, CarriesNaNInfinityAndOverflow) {
   // Codes of NaN beside numbers, blocks of nothing but NaN, and sums beyond the largest code and f32.
   Codes codes(2 * 256, 0x7E);

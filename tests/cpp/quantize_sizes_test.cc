@@ -85,5 +85,22 @@ TEST(QuantizeSizes, Refuses) {
   EXPECT_THROW(quantize(x, data, small, QuantFormat::mxfp8(), experts), InvalidArgument);
 }
 
+// Offsets that lead out of the scales, into those of another expert, or between tiles: the plan's, had it
+// been made with another alignment.
+TEST(QuantizeSizes, RefusesOffsetsOfScalesThatDoNotFit) {
+  const Device cpu{};
+  const Tensor x(cpu, DType::kBF16, {4, 64}), offsets(cpu, DType::kI32, integers({0, 1, 4}));
+  const Tensor data(cpu, DType::kE4M3, {4, 64}), scales(cpu, DType::kE8M0, {256, 4});
+  auto quantize_with = [&](std::vector<std::int64_t> scale_offsets) {
+    const Tensor there(cpu, DType::kI32, integers(scale_offsets));
+    quantize(x, data, scales, QuantFormat::mxfp8(),
+             {.rows = {.expert_offsets = offsets, .scale_offsets = there}});
+  };
+  EXPECT_NO_THROW(quantize_with({0, 128, 256}));
+  for (const std::vector<std::int64_t>& wrong : std::vector<std::vector<std::int64_t>>{
+           {0, 256, 512}, {0, 1, 4}, {0, 64, 128}, {-128, 0, 128}, {0, 0, 128}, {128, 0, 256}, {0, 128, 128}})
+    EXPECT_THROW(quantize_with(wrong), InvalidArgument) << wrong[0] << " " << wrong[1] << " " << wrong[2];
+}
+
 }  // namespace
 }  // namespace moecore::test

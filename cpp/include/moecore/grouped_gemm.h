@@ -33,7 +33,8 @@ struct OperandScales {
 struct GroupedGemmOptions {
   /// f32 or out's dtype, [E,N].
   std::optional<TensorView> bias{};
-  /// i32 [R]: row r reads x[row_token[r]]; without it x has R rows, already in expert order.
+  /// i32 [R]: row r reads x[row_token[r]], which must exist for every row of an expert; without it x has R
+  /// rows, already in expert order.
   std::optional<TensorView> row_token{};
   /// Fused on the f32 result (bias included): out has N/2 columns for a gated activation.
   std::optional<Activation> activation{};

@@ -6,7 +6,8 @@
 namespace [[gnu::visibility("default")]] moecore {
 
 /// out[d,:] = x[map[d],:] if 0 <= map[d] < S, else zeros. x [S,C], map i32|i64 [D], out [D,C] of x's dtype
-/// (any, e2m1 with even C); rows of both may be strided, columns are dense. D = 0, S = 0 and C = 0 work.
+/// (any, e2m1 with even C); rows of both may be strided, columns are dense, and out shares no memory with x.
+/// D = 0, S = 0 and C = 0 work.
 /// Source: vLLM / SGLang shuffle_rows, without their alignment and bounds restrictions.
 void shuffle_rows(const TensorView& x, const TensorView& map, const TensorView& out,
                   const ExecContext& ctx = {});

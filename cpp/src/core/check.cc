@@ -23,6 +23,34 @@ bool overlaps_itself(const TensorView& t) {
   return false;
 }
 
+// The bytes of a view that is dense along its last dimension, [first, last), and of one row.
+struct Extent {
+  std::intptr_t first, last, row_bytes;
+
+  explicit Extent(const TensorView& t) {
+    auto bytes = [&](std::int64_t elements) { return (elements * bit_width(t.dtype) + 7) / 8; };
+    row_bytes = bytes(t.shape[t.ndim - 1]);
+    first = reinterpret_cast<std::intptr_t>(t.data);
+    last = first + row_bytes;
+    for (int i = 0; i < t.ndim - 1; ++i) {
+      const std::int64_t span = bytes(t.strides[i] * (t.shape[i] - 1));
+      (span < 0 ? first : last) += span;
+    }
+  }
+};
+
+// Whether two matrices share bytes. Of the same pitch, they can be columns of one buffer or take turns in it;
+// of different pitches they are taken to share them where their ranges meet.
+bool share_memory(const TensorView& a, const TensorView& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const Extent x(a), y(b);
+  if (x.last <= y.first || y.last <= x.first) return false;
+  const std::int64_t pitch = a.strides[0] * bit_width(a.dtype) / 8;
+  if (pitch <= 0 || pitch != b.strides[0] * bit_width(b.dtype) / 8) return true;
+  const std::int64_t apart = ((y.first - x.first) % pitch + pitch) % pitch;
+  return apart < x.row_bytes || apart + y.row_bytes > pitch;
+}
+
 std::string message(std::string_view op, std::string_view arg, std::string_view actual,
                     std::string_view expected) {
   std::string text(op);
@@ -80,6 +108,12 @@ void Check::same_dtype(std::string_view arg, const TensorView& t, std::string_vi
   std::string text = "the dtype of ";
   text.append(other_arg).append(", ").append(name(other.dtype));
   fail_type(arg, t.describe(), text);
+}
+
+void Check::disjoint(std::string_view arg, const TensorView& out, std::string_view other_arg,
+                     const TensorView& other) const {
+  if (share_memory(out, other))
+    fail(arg, out.describe() + " in the memory of " + std::string(other_arg), "memory of its own");
 }
 
 void Check::workspace(std::size_t bytes) const {

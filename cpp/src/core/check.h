@@ -35,6 +35,14 @@ class Check {
   void same_dtype(std::string_view arg, const TensorView& t, std::string_view other_arg,
                   const TensorView& other) const;
 
+  /// An output that shares no memory with an input whose rows are read in another order than `out` is
+  /// written.
+  void disjoint(std::string_view arg, const TensorView& out, std::string_view other_arg,
+                const TensorView& other) const;
+
+  /// Whether contents may be looked at: on the CPU, where something is to run.
+  bool reads() const { return ctx_.device.type == DeviceType::kCPU && !ctx_.explain; }
+
   /// ctx.workspace is on hand, aligned and long enough.
   void workspace(std::size_t bytes) const;
 

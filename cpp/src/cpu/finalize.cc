@@ -12,7 +12,10 @@ namespace moecore::cpu {
 
 void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
   if (p.num_tokens == 0 || p.hidden == 0) {
-    explain(ctx, "finalize", "nothing to do", 1);
+    if (explain(ctx, "finalize", "nothing to do", 1)) return;
+    for (std::int64_t block = 0; block * kFinalizeScaleBlock < p.hidden; ++block)
+      for (std::int64_t row = 0; row < p.padded_scale_rows; ++row)
+        p.out_scales.data[block * p.out_scales.block_stride + row * p.out_scales.row_stride] = 0.0f;
     return;
   }
   // A task reads about 32 Ki elements: whole tokens, or a part of one token's columns.

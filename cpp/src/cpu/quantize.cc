@@ -250,7 +250,7 @@ class RowQuantizer {
   }
 
   /// `next_source` is the row that comes after this one.
-  void run(std::int64_t source, std::int64_t next_source, const std::int32_t* targets, std::int64_t count) {
+  void run(std::int64_t source, std::int64_t next_source, const std::int64_t* targets, std::int64_t count) {
     if (by_row_) row_scale(source);
     for (std::int64_t c = 0; c < p_.padded_cols; c += kPiece) {
       const std::int64_t padded = std::min(kPiece, p_.padded_cols - c);
@@ -391,21 +391,20 @@ void quantize(const QuantizeProblem& p, const ExecContext& ctx) {
       if (by_token) {
         // The token's live slots, a few at a time.
         constexpr std::int64_t kSlots = 16;
-        std::int32_t targets[kSlots];
+        std::int64_t targets[kSlots];
         for (std::int64_t j = 0; j < p.top_k; j += kSlots) {
           const std::int32_t* slots = p.slot_row + r * p.top_k + j;
-          const std::int32_t* last =
+          const std::int64_t* last =
               std::copy_if(slots, slots + std::min(kSlots, p.top_k - j), targets,
                            [&](std::int32_t slot) { return slot >= 0 && slot < live_rows; });
           if (last > targets) quantizer.run(r, std::min(r + 1, end - 1), targets, last - targets);
         }
       } else if (row_is_live(p.experts, r)) {
-        const auto target = static_cast<std::int32_t>(r);
         const std::int64_t next = std::min(r + 1, end - 1);
         if (p.row_token)
-          quantizer.run(p.row_token[r], p.row_token[next], &target, 1);
+          quantizer.run(p.row_token[r], p.row_token[next], &r, 1);
         else
-          quantizer.run(r, next, &target, 1);
+          quantizer.run(r, next, &r, 1);
       }
     }
   });

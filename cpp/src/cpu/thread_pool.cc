@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -96,9 +97,11 @@ class Pool {
 
   State state(std::memory_order order) const { return {state_.load(order)}; }
 
-  void grow(int workers) {
+  // Fewer where the system gives no more threads: a job does without those who do not come.
+  void grow(int workers) try {
     for (; workers_ < workers; ++workers_)
       std::thread([this, seen = state(std::memory_order_relaxed).number()] { worker(seen); }).detach();
+  } catch (const std::system_error&) {
   }
 
   void worker(std::uint32_t seen) {

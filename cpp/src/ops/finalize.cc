@@ -39,6 +39,7 @@ void finalize(const TensorView& rows, const TensorView& slot_row, const TensorVi
   check.dim("out", out, 0, slot_row.shape[0], "num_tokens");
   check.that(out.shape[1] <= rows.shape[1], "out.shape[1]", out.shape[1],
              "at most rows.shape[1] = " + std::to_string(rows.shape[1]));
+  check.disjoint("out", out, "rows", rows);
   FinalizeProblem problem{.rows = rows.data,
                           .dtype = rows.dtype,
                           .num_rows = rows.shape[0],

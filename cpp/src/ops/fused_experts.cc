@@ -174,6 +174,7 @@ std::optional<QuantFormat> check_formats(const Check& check, const TensorView& w
     check.fail("w2_scales.format", name(form_of(s2)), "that of w13, " + std::string(name(forms.weights)));
   check_forms(check, "x_format x w13_scales.format", forms);
 
+  if (options.x_format) check_format(check, layer_format(*options.x_format));
   const bool is_static = options.x_format && options.x_format->static_scale;
   auto check_scale = [&](std::string_view arg, const std::optional<TensorView>& scale) {
     if (!scale) {

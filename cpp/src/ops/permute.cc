@@ -20,6 +20,7 @@ RowMove row_move(const Check& check, std::string_view x_arg, const TensorView& x
   check.same_dtype(out_arg, out, x_arg, x);
   check.dim(out_arg, out, 0, rows, rows_meaning);
   check.dim(out_arg, out, 1, x.shape[1], x_arg == "x" ? "hidden" : "scales.shape[1]");
+  check.disjoint(out_arg, out, x_arg, x);
   if (x.dtype == DType::kE2M1) {
     auto even = [&](std::string_view arg, const char* part, std::int64_t n) {
       check.that(n % 2 == 0, std::string(arg) + part, n, "an even number of e2m1 elements");

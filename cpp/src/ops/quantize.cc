@@ -21,23 +21,6 @@ std::int64_t scale_cols(const QuantFormat& format, std::int64_t cols) {
   return format.block() == 0 ? 1 : ceil_div(cols, format.block());
 }
 
-void check_format(const Check& check, const QuantFormat& f) {
-  const bool block128 = f.kind == QuantKind::kFp8 && f.granularity == Granularity::kBlock128;
-  if (f.kind == QuantKind::kFp8) {
-    if (!(f.amax_floor >= 1e-30f && f.amax_floor <= f.amax_cap))
-      check.fail("amax_floor", std::to_string(f.amax_floor), "1e-30 to amax_cap");
-    if (!(f.amax_cap <= std::numeric_limits<float>::max()))
-      check.fail("amax_cap", std::to_string(f.amax_cap), "a finite number");
-    if (is_swizzled(f.layout)) check.fail("layout", "swizzled", "linear or column_major for fp8");
-  }
-  if (f.static_scale && (f.kind != QuantKind::kFp8 || f.granularity != Granularity::kTensor))
-    check.fail("static_scale", "set", "fp8 with granularity tensor");
-  if ((f.power_of_two || f.e8m0_scales) && !block128)
-    check.fail("power_of_two", "set", "fp8 with granularity block128");
-  if (f.layout == ScaleLayout::kColumnMajor && !block128)
-    check.fail("layout", "column_major", "linear or swizzled (column_major is for fp8 block128)");
-}
-
 /// Codes [rows, cols]: checked, then as elements of the format.
 TensorView check_data(const Check& check, const QuantFormat& format, const TensorView& data,
                       Check::Access access) {
@@ -131,6 +114,25 @@ ScaleRef check_scales(const Check& check, std::string_view arg, const QuantForma
   return ref;
 }
 
+/// Where scales of experts go is in the offsets. A wrong one leads out of the tensor, so on the CPU, where
+/// they can be read, they are looked at.
+void check_scale_offsets(const Check& check, const ExpertRowsRef& experts, const ScaleRef& scales) {
+  if (!experts.scale_offsets || !check.reads()) return;
+  const std::int64_t multiple = scale_row_multiple(scales.layout);
+  std::int64_t least = 0;
+  for (std::int64_t e = 0; e <= experts.num_experts; ++e) {
+    const std::int64_t begin = experts.scale_offsets[e];
+    check.that(begin >= least && begin <= scales.rows && begin % multiple == 0,
+               "scale_offsets[" + std::to_string(e) + "]", begin,
+               "a multiple of " + std::to_string(multiple) + " from " + std::to_string(least) +
+                   " to scales.shape[0] = " + std::to_string(scales.rows) +
+                   ", as plan() gives with a scale_alignment of 128");
+    if (e < experts.num_experts)
+      least = begin + std::max<std::int64_t>(
+                          0, std::int64_t{experts.expert_offsets[e + 1]} - experts.expert_offsets[e]);
+  }
+}
+
 const float* check_global_scale(const Check& check, const QuantFormat& format,
                                 const std::optional<TensorView>& scale, const ExpertRowsRef& experts,
                                 bool& per_expert) {
@@ -164,11 +166,29 @@ QuantizeProblem make_problem(const Check& check, const TensorView& x, std::int64
   p.experts = check_experts(check, rows, p.out_rows, format.layout);
   p.scales = check_scales(check, "scales", format, scales, p.experts, p.out_rows, p.padded_cols,
                           format.static_scale ? Check::Access::kIn : Check::Access::kOut);
+  check_scale_offsets(check, p.experts, p.scales);
   p.global_scale = check_global_scale(check, format, global_scale, p.experts, p.global_scale_per_expert);
   return p;
 }
 
 }  // namespace
+
+void check_format(const Check& check, const QuantFormat& f) {
+  const bool block128 = f.kind == QuantKind::kFp8 && f.granularity == Granularity::kBlock128;
+  if (f.kind == QuantKind::kFp8) {
+    if (!(f.amax_floor >= 1e-30f && f.amax_floor <= f.amax_cap))
+      check.fail("amax_floor", std::to_string(f.amax_floor), "1e-30 to amax_cap");
+    if (!(f.amax_cap <= std::numeric_limits<float>::max()))
+      check.fail("amax_cap", std::to_string(f.amax_cap), "a finite number");
+    if (is_swizzled(f.layout)) check.fail("layout", "swizzled", "linear or column_major for fp8");
+  }
+  if (f.static_scale && (f.kind != QuantKind::kFp8 || f.granularity != Granularity::kTensor))
+    check.fail("static_scale", "set", "fp8 with granularity tensor");
+  if ((f.power_of_two || f.e8m0_scales) && !block128)
+    check.fail("power_of_two", "set", "fp8 with granularity block128");
+  if (f.layout == ScaleLayout::kColumnMajor && !block128)
+    check.fail("layout", "column_major", "linear or swizzled (column_major is for fp8 block128)");
+}
 
 std::int64_t QuantFormat::block() const {
   switch (kind) {

@@ -12,6 +12,11 @@
 
 namespace moecore {
 
+class Check;
+
+/// Fields that belong together.
+void check_format(const Check& check, const QuantFormat& format);
+
 using QuantizeTypes = FloatTypes;  // of x, and of dequantize's out
 
 /// Columns that share one 4-byte word of a swizzled or packed layout.

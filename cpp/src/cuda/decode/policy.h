@@ -65,9 +65,9 @@ struct Policy {
 /// of the composition count. `quantized`: weights are codes.
 ///
 /// On an H200 one token of Qwen3-30B (75 MB of bf16) takes 27 us as one kernel and 35 us as the composition.
-/// But the kernel streams more slowly than the tiles of bf16 layers: one token of gpt-oss (199 MB) takes 64 us,
-/// its two products 59, and layers of 300 MB or more take no longer than theirs. Of codes it decodes about as
-/// fast as the products' kernels, whose bits are then better kept.
+/// But the kernel streams more slowly than the tiles of bf16 layers: one token of gpt-oss (199 MB) takes 64
+/// us, its two products 59, and layers of 300 MB or more take no longer than theirs. Of codes it decodes
+/// about as fast as the products' kernels, whose bits are then better kept.
 inline Policy select_policy(std::int64_t num_tokens, std::int64_t weight_bytes, bool quantized) {
   constexpr std::int64_t kOneKernelBytes = 100'000'000;
   Policy policy;
