@@ -444,6 +444,9 @@ def test_transposed_weights_are_packed_once_until_they_change():
     check(experts)
     experts.down_proj.data = torch.randn_like(experts.down_proj)  # another storage
     check(experts)
+    experts.gate_up_proj.data.mul_(0.5)  # uncounted
+    integration.repack()
+    check(experts)
     experts.to(torch.bfloat16)
     run(experts, "moecore", x.bfloat16(), ids, weights)
     del experts, first

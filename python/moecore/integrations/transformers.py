@@ -9,7 +9,8 @@ reads the layout that the decorator declares (``has_gate``, ``has_bias``, ``is_t
 probe, once per module: a formula that moecore does not have is refused by name and never approximated.
 
 Weights are used where they lie. Transposed ones ([E, H, 2I] as in gpt-oss) are brought to [E, 2I, H] once and
-kept until their storage dies or is written to, which doubles the memory of those layers.
+kept until their storage dies or is written to, which doubles the memory of those layers; repack() is for
+writes that torch does not count.
 
 FP8 checkpoints with blocks of 128 x 128 (DeepSeek-V3, Qwen3-FP8: ``FP8Experts``) keep their e4m3 weights and
 ``weight_scale_inv`` as they are; activations are quantised in blocks of 128 before each product, as those
@@ -34,7 +35,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moecore
 
-__all__ = ["experts_forward", "fp8_experts_forward", "register"]
+__all__ = ["experts_forward", "fp8_experts_forward", "register", "repack"]
 
 NAME = "moecore"
 
@@ -374,7 +375,7 @@ torch.library.register_fake(
 
 @dataclasses.dataclass
 class _Packed:
-    """A dense copy of weights, valid while their storage lives and is not written to."""
+    """A dense copy of weights, valid while their storage lives and no write to it is counted."""
 
     storage: StorageWeakRef
     version: int
@@ -382,6 +383,14 @@ class _Packed:
 
 
 _packed: dict[tuple[object, ...], _Packed] = {}
+
+
+def repack() -> None:
+    """Forgets the copies of transposed weights; the next call makes them anew.
+
+    For writes that torch does not count: through ``parameter.data``, and to tensors made in inference mode.
+    """
+    _packed.clear()
 
 
 def _dense(weights: torch.Tensor) -> torch.Tensor:
