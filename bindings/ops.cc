@@ -6,10 +6,9 @@
 
 #include <charconv>
 #include <cstdint>
-#include <initializer_list>
 #include <string_view>
-#include <utility>
 
+#include "choices.h"
 #include "moecore/moecore.h"
 #include "op_call.h"
 
@@ -34,27 +33,13 @@ using namespace nb::literals;
 using OptionalTensor = std::optional<TensorArg>;
 using OptionalFloat = std::optional<float>;
 
-template <class T>
-using Choices = std::initializer_list<std::pair<std::string_view, T>>;
-
-// The value that `text` names, or ValueError with every choice.
-template <class T>
-T parse(const char* op, const char* argument, std::string_view text, Choices<T> choices) {
-  std::string names;
-  for (const auto& [name, value] : choices) {
-    if (name == text) return value;
-    names.append(names.empty() ? "\"" : ", \"").append(name).append("\"");
-  }
-  throw InvalidArgument(std::string(op) + ": " + argument + " is \"" + std::string(text) +
-                        "\", expected one of " + names);
-}
-
 }  // namespace
 
 // Parameters left out take the values of the kind: gpt-oss's for swiglu_oai, neutral ones for the others.
-Activation parse_activation(const char* op, std::string_view kind, std::string_view order,
-                            OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit) {
-  const auto parsed_kind = parse<ActivationKind>(op, "activation", kind,
+Activation parse_activation(const char* op, const char* argument, std::string_view kind,
+                            std::string_view order, OptionalFloat alpha, OptionalFloat beta,
+                            OptionalFloat limit) {
+  const auto parsed_kind = parse<ActivationKind>(op, argument, kind,
                                                  {{"silu", ActivationKind::kSilu},
                                                   {"gelu", ActivationKind::kGelu},
                                                   {"gelu_tanh", ActivationKind::kGeluTanh},
@@ -267,16 +252,16 @@ void bind_permute(nb::module_& m) {
 void bind_activate(nb::module_& m) {
   m.def(
       "activate",
-      [](const TensorArg& x, const TensorArg& out, std::string_view activation, std::string_view order,
+      [](const TensorArg& x, const TensorArg& out, std::string_view kind, std::string_view order,
          OptionalFloat alpha, OptionalFloat beta, OptionalFloat limit, const OptionalTensor& expert_offsets,
          StreamArg stream) {
         OpCall call("activate", x, stream);
         const TensorView &x_view = call.in("x", x), &out_view = call.in("out", out);
-        const Activation parsed = parse_activation("activate", activation, order, alpha, beta, limit);
+        const Activation parsed = parse_activation("activate", "kind", kind, order, alpha, beta, limit);
         const auto offsets = call.in("expert_offsets", expert_offsets);
         call.run([&](const ExecContext& ctx) { activate(x_view, out_view, parsed, offsets, ctx); });
       },
-      "x"_a, "out"_a, nb::kw_only(), "activation"_a, "order"_a, "alpha"_a = nb::none(), "beta"_a = nb::none(),
+      "x"_a, "out"_a, nb::kw_only(), "kind"_a, "order"_a, "alpha"_a = nb::none(), "beta"_a = nb::none(),
       "limit"_a = nb::none(), "expert_offsets"_a = nb::none(), "stream"_a = nb::none());
 }
 
@@ -329,7 +314,8 @@ void bind_grouped_gemm(nb::module_& m) {
             operand_scales(call, "grouped_gemm", "weight_format", weight_format, "weight_scales",
                            weight_scales, "weight_global_scale", weight_global_scale);
         if (activation)
-          options.activation = parse_activation("grouped_gemm", *activation, order, alpha, beta, limit);
+          options.activation =
+              parse_activation("grouped_gemm", "activation", *activation, order, alpha, beta, limit);
         const bool sized = weights_view.ndim == 3 && out_view.ndim == 2;
         call.workspace(workspace, sized ? grouped_gemm_workspace_bytes(
                                               out_view.shape[0], weights_view.shape[1],
@@ -364,7 +350,8 @@ void bind_finalize(nb::module_& m) {
          const OptionalTensor& weights, bool cast_weights, const OptionalTensor& residual,
          const OptionalTensor& row_scales, const OptionalTensor& out_scales, std::string_view scale_layout,
          StreamArg stream) {
-        OpCall call("finalize", rows, stream);
+        const char* op = out_scales ? "finalize_quantize" : "finalize";
+        OpCall call(op, rows, stream);
         const TensorView &rows_view = call.in("rows", rows), &slot_view = call.in("slot_row", slot_row),
                          &out_view = call.in("out", out);
         const FinalizeOptions options{
@@ -374,7 +361,7 @@ void bind_finalize(nb::module_& m) {
             .row_scales = call.in("row_scales", row_scales),
             .out_scales = call.in("out_scales", out_scales),
             .scale_layout = parse<ScaleLayout>(
-                "finalize", "scale_layout", scale_layout,
+                op, "scale_layout", scale_layout,
                 {{"linear", ScaleLayout::kLinear}, {"column_major", ScaleLayout::kColumnMajor}})};
         call.run([&](const ExecContext& ctx) { finalize(rows_view, slot_view, out_view, options, ctx); });
       },
@@ -403,7 +390,8 @@ void bind_fused_experts(nb::module_& m) {
             .w2 = call.in("w2", w2),
             .w13_bias = call.in("w13_bias", w13_bias),
             .w2_bias = call.in("w2_bias", w2_bias),
-            .activation = parse_activation("fused_experts", activation, order, alpha, beta, limit),
+            .activation =
+                parse_activation("fused_experts", "activation", activation, order, alpha, beta, limit),
             .w13_scales = operand_scales(call, "fused_experts", "weight_format", weight_format, "w13_scales",
                                          w13_scales, "w13_global_scale", w13_global_scale),
             .w2_scales = operand_scales(call, "fused_experts", "weight_format", weight_format, "w2_scales",

@@ -66,6 +66,8 @@ struct TypeEntry {
   Producer producer = Producer::kNone;
   const ExchangeApi* api = nullptr;
   bool has_flags = false;  // exchange API only: read-only tensors exist, so ask for the managed form
+  // torch only: the methods that tell of a sign or conjugation that is not in memory.
+  nb::handle is_neg{}, is_conj{};
 };
 
 std::string text(nb::handle object) {
@@ -119,6 +121,10 @@ TypeEntry inspect(nb::handle type) {
     entry.producer = Producer::kJax;
   } else {
     entry.producer = Producer::kProtocol;
+  }
+  if (is_torch_type(type)) {
+    entry.is_neg = nb::object(type.attr("is_neg")).release();
+    entry.is_conj = nb::object(type.attr("is_conj")).release();
   }
   return entry;
 }
@@ -304,6 +310,29 @@ void load_retagged(TensorArg& arg, const Retagged& tag) {
   arg.view.dtype = tag.dtype;
 }
 
+// torch's lazy views: DLPack gives their memory and not the flag. Integers get none from a public function.
+void refuse_lazy(TensorArg& arg, const TypeEntry& entry) {
+  if (arg.problem || !entry.is_neg.is_valid()) return;
+  switch (arg.view.dtype) {
+    case DType::kF32:
+    case DType::kF16:
+    case DType::kBF16:
+    case DType::kF64:
+    case DType::kC64:
+    case DType::kC128:
+      break;
+    default:
+      return;
+  }
+  const bool complex = arg.view.dtype == DType::kC64 || arg.view.dtype == DType::kC128;
+  if (nb::cast<bool>(entry.is_neg(arg.source)))
+    arg.refuse_value("a " + qualified_type(arg.source) +
+                     " with the negative bit, expected its values in memory: resolve_neg()");
+  else if (complex && nb::cast<bool>(entry.is_conj(arg.source)))
+    arg.refuse_value("a " + qualified_type(arg.source) +
+                     " with the conjugate bit, expected its values in memory: resolve_conj()");
+}
+
 Retagged retag(nb::object base, std::string_view name) {
   const std::optional<DType> dtype = parse_dtype(name);
   if (!dtype)
@@ -335,14 +364,16 @@ void TensorArg::load(nb::handle object) {
     const TypeEntry entry = lookup(object);
     switch (entry.producer) {
       case Producer::kExchange:
-        return load_exchange(*this, entry);
+        load_exchange(*this, entry);
+        return refuse_lazy(*this, entry);
       case Producer::kRetagged:
         return load_retagged(*this, *nb::inst_ptr<Retagged>(object));
       case Producer::kNone:
         refuse_type("a " + qualified_type(object) + kExpected);
         return;
       default:
-        return load_protocol(*this, object, entry.producer);
+        load_protocol(*this, object, entry.producer);
+        return refuse_lazy(*this, entry);
     }
   } catch (const std::exception& error) {
     refuse_type(std::string("an object that cannot be read (") + error.what() + ")" + kExpected);

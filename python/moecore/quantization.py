@@ -13,7 +13,16 @@ from moecore import _core
 from moecore._core import QuantFormat, expert_scale_rows
 from moecore._frameworks import framework_of
 from moecore.ops import Plan
-from moecore.ops.arguments import traced_ops
+from moecore.ops.arguments import (
+    FLOATS,
+    check_dtype,
+    check_least,
+    check_out,
+    dim,
+    need_format,
+    traced_ops,
+)
+from moecore.ops.routing import check_plan
 from moecore.typing import DLPackTensor, StreamLike
 
 
@@ -34,8 +43,30 @@ def _rows_options(
 
 def padded_columns(format: QuantFormat, cols: Any, multiple: int) -> Any:
     """Columns of the output: `cols` rounded up to `multiple`, and to whole bytes."""
-    step = max(multiple, 1) * (2 if format.is_fp4 and multiple % 2 else 1)
+    step = multiple * (2 if format.is_fp4 and multiple % 2 else 1)
     return -(-cols // step) * step
+
+
+def check_static_scale(kind: str, scale: Any, out: Any) -> None:
+    """ValueError for a `scale` that would not be read, and for a static format without one."""
+    if kind != "fp8_tensor_static":
+        if scale is not None:
+            raise ValueError(f'quantize: scale is given, expected None with "{kind}"')
+    elif out is None:
+        if scale is None:
+            raise ValueError("quantize: scale is None, expected f32 [1,1] with fp8_tensor_static")
+    elif scale is not None and scale is not out[1]:
+        raise ValueError("quantize: scale is given, expected None with out, whose second tensor is the scale")
+
+
+def _check_planned(plan: Plan, order: str, **others: Any) -> None:
+    """ValueError for what a plan leaves no room for."""
+    check_plan("quantize", plan)
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"quantize: {name} is given, expected None with a plan")
+    if order != "gate_up":
+        raise ValueError(f'quantize: order is "{order}", expected the default with a plan: no activation')
 
 
 def _scale_rows(format: QuantFormat, rows: int, experts: Any, row_counts: Any) -> int:
@@ -77,11 +108,28 @@ def quantize(
     expert_offsets[E] on are not touched. Or `row_counts` i32 [E]: x is E equal groups of rows, of which the
     first row_counts[e] are quantised.
     With `plan`, x is [T,H] and row r of the output is x[plan.row_token[r]]: a token is quantised once and
-    written to all its rows. With `activation` (and `order`, `alpha`, `beta`, `limit` as in activate()), x is
-    [R,2I] and what is quantised is activate(x).
+    written to all its rows. A plan brings its own offsets and excludes an activation. With `activation` (and
+    `order`, `alpha`, `beta`, `limit` as in activate()), x is [R,2I] and what is quantised is activate(x).
 
-    Bytes that belong to no row are undefined without `out` and untouched with it.
+    Bytes that belong to no row are undefined without `out` and untouched with it. With `out` a static scale
+    is read from out[1].
+
+    ValueError for a static format without its scale, for `scale` with another format or beside another
+    out[1], and for arguments that a plan excludes.
     """
+    if plan is not None:
+        _check_planned(
+            plan,
+            order,
+            expert_offsets=expert_offsets,
+            scale_offsets=scale_offsets,
+            row_counts=row_counts,
+            activation=activation,
+            alpha=alpha,
+            beta=beta,
+            limit=limit,
+        )
+    check_least("quantize", 1, multiple=multiple)
     if (traced := traced_ops()) is not None:
         return Quantized(
             *traced.quantize(
@@ -102,10 +150,11 @@ def quantize(
                 out,
             )
         )
-    fmt = QuantFormat(format) if isinstance(format, str) else format
+    fmt = need_format("quantize", format)
+    check_static_scale(fmt.kind, scale, out)
     fw = framework_of("quantize", "x", x)
     fw.admit("quantize", x, scale, global_scale)
-    rows, width = int(x.shape[0]), int(x.shape[1])
+    rows, width = dim(x, 0), dim(x, 1)
     if plan is not None:
         rows = plan.num_rows
         expert_offsets, scale_offsets = plan.expert_offsets, plan.scale_offsets
@@ -153,7 +202,13 @@ def dequantize(
     out: Any = None,
     stream: StreamLike = None,
 ) -> Any:
-    """RN(code * scale), of data and scales as quantize() gives them -> [R,hidden] of `dtype`."""
+    """RN(code * scale), of data and scales as quantize() gives them -> [R,hidden] of `dtype`.
+
+    `dtype` is f32, f16 or bf16; `hidden` is at most the columns of data, and by default all of them.
+    ValueError for other values, and for a `hidden` that is not that of `out`.
+    """
+    check_dtype("dequantize", "dtype", dtype, FLOATS)
+    check_least("dequantize", 0, hidden=hidden)
     if (traced := traced_ops()) is not None:
         return traced.dequantize(
             data,
@@ -167,11 +222,14 @@ def dequantize(
             row_counts,
             out,
         )
-    fmt = QuantFormat(format) if isinstance(format, str) else format
+    fmt = need_format("dequantize", format)
     fw = framework_of("dequantize", "data", data)
+    fw.admit("dequantize", data, scales, global_scale)
     if out is None:
-        cols = int(data.shape[1]) * (2 if fmt.is_fp4 else 1)
-        out = fw.empty(data, (int(data.shape[0]), cols if hidden is None else hidden), dtype)
+        cols = dim(data, 1) * (2 if fmt.is_fp4 else 1)
+        out = fw.empty(data, (dim(data, 0), cols if hidden is None else hidden), dtype)
+    else:
+        check_out(fw, "dequantize", out, hidden=hidden)
     _core.dequantize(
         data,
         scales,
@@ -193,14 +251,20 @@ def global_scale(
     out: Any = None,
     stream: StreamLike = None,
 ) -> Any:
-    """nvfp4's global scale min(2688 / largest |x|, largest f32), 1 for zeros. x [R,H] -> f32 [1], or [E]."""
+    """nvfp4's global scale min(2688 / largest |x|, largest f32), 1 for zeros. x [R,H] -> f32 [1].
+
+    With `expert_offsets` i32 [E+1] or `row_counts` i32 [E] of the rows of experts alone, and with
+    `per_expert` f32 [E], one for each.
+    """
+    if per_expert and expert_offsets is None and row_counts is None:
+        raise ValueError("global_scale: per_expert is True, expected it with expert_offsets or row_counts")
     if (traced := traced_ops()) is not None:
         return traced.global_scale(x, expert_offsets, row_counts, per_expert, out)
     fw = framework_of("global_scale", "x", x)
     fw.admit("global_scale", x)
     if out is None:
         experts: Any = expert_offsets if expert_offsets is not None else row_counts
-        count = int(experts.shape[0]) - (expert_offsets is not None) if per_expert else 1
+        count = max(dim(experts, 0) - (expert_offsets is not None), 0) if per_expert else 1
         out = fw.empty(x, (count,), "f32")
     _core.global_scale(x, out, expert_offsets=expert_offsets, row_counts=row_counts, stream=stream)
     return fw.finish(out)
@@ -217,6 +281,7 @@ def convert_scales(
     stream: StreamLike = None,
 ) -> Any:
     """Moves u8 scales of `rows` x `cols` blocks from one layout to another; padding is zeroed."""
+    check_least("convert_scales", 0, rows=rows, cols=cols)
     fw = framework_of("convert_scales", "scales", scales)
     if out is None:
         if target == "linear":

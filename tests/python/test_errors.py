@@ -28,7 +28,7 @@ def good() -> dict[str, dict[str, Any]]:
             "x": f(4, 8), "row_token": i(8), "slot_row": i(4, 2), "expert_offsets": offsets, "rows": f(8, 8),
         },
         "shuffle_rows": {"x": f(4, 8), "map": i(5), "out": f(5, 8)},
-        "activate": {"x": f(8, 10), "out": f(8, 5), "activation": "silu", "order": "gate_up"},
+        "activate": {"x": f(8, 10), "out": f(8, 5), "kind": "silu", "order": "gate_up"},
         "grouped_gemm": {"x": f(8, 8), "weights": f(3, 5, 8), "expert_offsets": offsets, "out": f(8, 5)},
         "finalize": {"rows": f(8, 8), "slot_row": i(4, 2), "out": f(4, 8)},
         "fused_experts": {
@@ -71,7 +71,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("shuffle_rows", {"map": np.zeros(5, F32)}, TypeError, "shuffle_rows: map is f32[5] cpu, expected dtype i32|i64"),
     ("shuffle_rows", {"out": np.ones((5, 8), np.float16)}, TypeError, "the dtype of x, f32"),
     ("shuffle_rows", {"out": np.broadcast_to(np.ones(8, F32), (5, 8))}, ValueError, "expected a writable tensor"),
-    ("activate", {"activation": "swish"}, ValueError, 'activate: activation is "swish", expected one of "silu"'),
+    ("activate", {"kind": "swish"}, ValueError, 'activate: kind is "swish", expected one of "silu"'),
     ("activate", {"order": "auto"}, ValueError, 'activate: order is "auto", expected one of "gate_up"'),
     ("activate", {"x": np.ones((8, 9), F32)}, ValueError, "2 * inter, an even number"),
     ("activate", {"limit": -1.0}, ValueError, "activate: limit is -1.0"),

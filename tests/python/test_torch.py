@@ -299,6 +299,70 @@ def test_compile_quantize_static_scale_and_out(layer: dict[str, Any]) -> None:
     assert torch.equal(static.scales, scale)
 
 
+def test_compile_checks_the_arguments_of_quantize(layer: dict[str, Any]) -> None:
+    x, plan, scale = layer["x"], layer["plan"], torch.tensor([[0.5]])
+    out = (torch.zeros(T, H, dtype=torch.uint8), torch.ones(1, 1))
+    calls = {
+        "scale is None": lambda: moecore.quantize(x, "fp8_tensor_static"),
+        "scale is given, expected None with out": lambda: moecore.quantize(
+            x, "fp8_tensor_static", scale=scale, out=out
+        ),
+        "scale is given, expected None with .fp8_token": lambda: moecore.quantize(
+            x, "fp8_token", scale=scale
+        ),
+        "activation is given": lambda: moecore.quantize(x, "mxfp8", plan=plan, activation="silu"),
+    }
+    for message, call in calls.items():
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=rf"^quantize: {message}"):
+            torch.compile(call, backend="eager")()
+    arguments = (None, None, None, None, None, None, None, "gate_up", None, None, None, 1)
+    with pytest.raises(ValueError, match=r"^quantize: scale is None"):
+        torch.ops.moecore.quantize(x, "fp8_tensor_static", None, *arguments)
+    with pytest.raises(ValueError, match=r"^quantize: scale is given"):
+        torch.ops.moecore.quantize(x, "fp8_token", None, scale, *arguments[1:])
+
+
+def test_compile_takes_outputs_in_a_list(layer: dict[str, Any]) -> None:
+    def f(logits: Any, weights: Any, ids: Any) -> Any:
+        return moecore.route(logits, K, out=[weights, ids])
+
+    torch._dynamo.reset()
+    memory = torch.zeros(T, K), torch.zeros(T, K, dtype=torch.int32)
+    result = torch.compile(f, fullgraph=True, backend="aot_eager")(layer["logits"], *memory)
+    for given, returned, expected in zip(memory, result, (layer["weights"], layer["ids"]), strict=True):
+        assert torch.equal(given, expected)
+        assert torch.equal(returned, expected)
+
+
+def test_compile_checks_what_is_said_of_out(layer: dict[str, Any]) -> None:
+    plan, out = layer["plan"], torch.zeros(T, H)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"^finalize: hidden is 3, expected None or the 16 columns of out"):
+        torch.compile(lambda rows: moecore.finalize(rows, plan, hidden=3, out=out), backend="eager")(
+            layer["rows"]
+        )
+
+
+def test_exported_formats_run_in_another_process(layer: dict[str, Any], tmp_path: Any) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            fmt = moecore.QuantFormat("mxfp4", layout="swizzled_8x4", rounding="floor")
+            return tuple(moecore.quantize(x, fmt))
+
+    torch.export.save(torch.export.export(Layer(), (layer["x"],)), tmp_path / "layer.pt2")
+    torch.save(layer["x"], tmp_path / "x.pt")
+    code = (
+        "import sys, torch, moecore, moecore.torch\n"
+        "x = torch.load(sys.argv[2])\n"
+        "fmt = moecore.QuantFormat('mxfp4', layout='swizzled_8x4', rounding='floor')\n"
+        "got, expected = torch.export.load(sys.argv[1]).module()(x), moecore.quantize(x, fmt)\n"
+        "print(all(torch.equal(a, b) for a, b in zip(got, expected)))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "layer.pt2", tmp_path / "x.pt"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
 def test_symbolic_scale_shapes_are_the_formats() -> None:
     from moecore.torch_ops.definitions import _scale_shape
 

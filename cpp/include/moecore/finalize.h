@@ -29,8 +29,8 @@ struct FinalizeOptions {
 /// rows [R,Hp], slot_row i32|i64 [T,K], out [T,H], H <= Hp; rows and out f32|f16|bf16 of one dtype, or rows
 /// e4m3 and out f32|f16|bf16|e4m3.
 /// An f32 fma chain from +0 in slot order, so the bits depend on nothing but the inputs. A slot is skipped
-/// when its row is < 0 or >= R. A token without a live slot gets 0 (or its residual). Any K, H, row strides; out
-/// shares no memory with rows, and may be residual.
+/// when its row is < 0 or >= R. A token without a live slot gets 0 (or its residual). Any K, H, row strides;
+/// out shares no memory with rows, and may be residual.
 ///
 /// With row_scales s the factor of an element is w[t,j] * s[row, h / 128], rounded to f32. RN to e4m3 is that
 /// of docs/formats.md: it saturates and keeps NaN. With out_scales the f32 sums are quantised as

@@ -11,6 +11,18 @@ import moecore
 from moecore import Plan
 
 
+def in_rows(op: str, argument: str, out: Tensor, *shape: int) -> Tensor:
+    """An output as rows, or in `shape`: its own memory, or ValueError where that takes a copy."""
+    wanted = shape or (-1, out.shape[-1])
+    try:
+        return out.view(wanted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{op}: {argument} has the shape {list(out.shape)} and strides {list(out.stride())}, expected "
+            f"memory that can be viewed as {list(wanted)} without a copy"
+        ) from error
+
+
 def route_into(topk_weights: Tensor, topk_ids: Tensor, logits: Tensor, **options: Any) -> None:
     """moecore.route() into upstream's outputs; ids that are not i32 go through a temporary."""
     if topk_ids.dtype == torch.int32:

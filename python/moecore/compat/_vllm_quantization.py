@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import moecore
+from moecore.compat._shared import in_rows
 from moecore.quantization import QuantFormat, Quantized, quantize
 
 _SWIZZLED, _LINEAR, _SMALL = "swizzled_128x4", "linear", "swizzled_8x4"
@@ -22,8 +23,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _bytes(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.uint8 else x.view(torch.uint8)
+def _codes(op: str, argument: str, out: Tensor) -> Tensor:
+    """An output of e4m3 codes as rows of bytes."""
+    if out.dtype not in (_E4M3, torch.uint8):
+        raise TypeError(f"{op}: {argument} is {out.dtype}, expected torch.float8_e4m3fn or torch.uint8")
+    return in_rows(op, argument, out).view(torch.uint8)
 
 
 def scaled_fp4_quant(
@@ -107,37 +111,65 @@ def silu_and_mul_mxfp4_experts_quant(
 
 def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
     """Writes e4m3(input * rcp(scale)) to `result`, scale f32 [1]."""
-    quantize(_flat(input), "fp8_tensor_static", out=(_bytes(_flat(result)), scale.reshape(1, 1)))
+    codes = _codes("static_scaled_fp8_quant", "result", result)
+    quantize(_flat(input), "fp8_tensor_static", out=(codes, scale.reshape(1, 1)))
 
 
 def dynamic_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
     """The same with scale = largest magnitude / 448, which is written to `scale`."""
-    quantize(_flat(input), "fp8_tensor", out=(_bytes(_flat(result)), scale.view(1, 1)))
+    op = "dynamic_scaled_fp8_quant"
+    codes, scales = _codes(op, "result", result), in_rows(op, "scale", scale, 1, 1)
+    quantize(_flat(input), "fp8_tensor", out=(codes, scales))
 
 
 def dynamic_per_token_scaled_fp8_quant(
     result: Tensor, input: Tensor, scale: Tensor, scale_ub: Tensor | None = None
 ) -> None:
-    """One scale a row, at least 1 / (448 * 512), to `scale` [m,1]; `scale_ub` caps the magnitude."""
-    fmt = QuantFormat("fp8_token", amax_cap=None if scale_ub is None else float(scale_ub))
-    quantize(_flat(input), fmt, out=(_bytes(_flat(result)), scale.view(-1, 1)))
+    """One scale a row, at least 1 / (448 * 512), to `scale` [m,1]; `scale_ub` caps the magnitude.
+
+    The cap is read on the host: a `scale_ub` on a GPU waits for the work before it.
+    """
+    op = "dynamic_per_token_scaled_fp8_quant"
+    codes, scales = _codes(op, "result", result), in_rows(op, "scale", scale, -1, 1)
+    fmt = QuantFormat("fp8_token", amax_cap=None if scale_ub is None else _cap(float(scale_ub)))
+    quantize(_flat(input), fmt, out=(codes, scales))
+
+
+def _cap(magnitude: float) -> float:
+    """An upper bound of magnitudes as a format takes it: the least scale 1 / (448 * 512) comes first."""
+    return min(max(magnitude, 1 / 512), torch.finfo(torch.float32).max)
+
+
+def _check_groups(op: str, group_size: int, k: int) -> None:
+    if group_size != 128 and (group_size < 1 or k % group_size):
+        raise ValueError(f"{op}: group_size is {group_size}, expected a divisor of the {k} columns, or 128")
+
+
+def _scales(rows: int, groups: int, like: Tensor, column_major: bool, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised f32 scales, as they lie in memory and as [rows, groups], a view of that."""
+    if not column_major:
+        held = torch.empty(rows, groups, dtype=torch.float32, device=like.device)
+        return held, held
+    pitch = -(-rows // 4) * 4 if aligned else rows
+    held = torch.empty(groups, pitch, dtype=torch.float32, device=like.device)
+    return held, held.t()[:rows]
 
 
 def _group_quant(
-    rows: Tensor, group_size: int, q: Tensor, amax_floor: float, amax_cap: float | None = None
-) -> Tensor:
-    """fp8 of rows [m,k] in groups of any size that divides k, to q; f32 scales [m, k/group_size].
+    rows: Tensor, group_size: int, codes: Tensor, scales: Tensor, amax_floor: float, amax_cap: float | None
+) -> None:
+    """fp8 of rows [m,k] in groups of any size that divides k: codes u8 [m,k], f32 scales [m, k/group_size].
 
     A group is a row of its own to the token format, whose scale follows the same rule.
     """
-    m, k = rows.shape
-    if group_size < 1 or k % group_size:
-        raise ValueError(f"group_size is {group_size}, expected a divisor of the {k} columns, or 128")
-    grouped = (m * k // group_size, group_size)
-    scales = torch.empty(m, k // group_size, dtype=torch.float32, device=rows.device)
     fmt = QuantFormat("fp8_token", amax_floor=amax_floor, amax_cap=amax_cap)
-    quantize(rows.reshape(grouped), fmt, out=(_bytes(q.view(grouped)), scales.view(-1, 1)))
-    return scales
+    groups = torch.empty(scales.numel(), 1, dtype=torch.float32, device=rows.device)
+    quantize(
+        rows.reshape(-1, group_size),
+        fmt,
+        out=(in_rows("per_token_group_fp8_quant", "out_q", codes, -1, group_size), groups),
+    )
+    scales.copy_(groups.view(scales.shape))
 
 
 def per_token_group_fp8_quant(
@@ -154,61 +186,74 @@ def per_token_group_fp8_quant(
 
     Groups of other than 128 columns must divide k, and their scales are no powers of two.
     """
+    op = "per_token_group_fp8_quant"
     if dtype not in (None, _E4M3):
-        raise TypeError(f"per_token_group_fp8_quant: dtype is {dtype}, expected torch.float8_e4m3fn")
+        raise TypeError(f"{op}: dtype is {dtype}, expected torch.float8_e4m3fn")
     rows = _flat(x)
+    _check_groups(op, group_size, rows.shape[1])
+    if group_size != 128 and use_ue8m0:
+        raise NotImplementedError(
+            f"{op}: use_ue8m0 with group_size {group_size}; scales that are powers of two are those of the "
+            "128-column format, and of mxfp8 for 32"
+        )
     m, groups = rows.shape[0], -(-rows.shape[1] // group_size)
     q = torch.empty(x.shape, dtype=_E4M3, device=x.device) if out_q is None else out_q
+    codes = _codes(op, "out_q", q)
+    held, scales = _scales(m, groups, x, column_major_scales, tma_aligned_scales)
     if group_size != 128:
-        if use_ue8m0:
-            raise NotImplementedError(
-                f"per_token_group_fp8_quant: use_ue8m0 with group_size {group_size}; scales that are powers "
-                "of two are those of the 128-column format, and of mxfp8 for 32"
-            )
-        ordered = _group_quant(rows, group_size, _flat(q), amax_floor=eps)
-        if not column_major_scales:
-            return q, ordered.view(*x.shape[:-1], groups)
-        pitch = -(-m // 4) * 4 if tma_aligned_scales else m
-        scales = torch.zeros(groups, pitch, dtype=torch.float32, device=x.device).t()[:m]
-        return q, scales.copy_(ordered)
-    fmt = QuantFormat(
-        "fp8_block128",
-        layout="column_major" if column_major_scales else _LINEAR,
-        power_of_two=bool(use_ue8m0),
-        amax_floor=eps,
-    )
-    if column_major_scales:
-        pitch = -(-m // 4) * 4 if tma_aligned_scales else m
-        held = torch.empty(groups, pitch, dtype=torch.float32, device=x.device)
-        scales = held.t()[:m]
+        held.zero_()  # the padding of a pitch
+        _group_quant(rows, group_size, codes, scales, eps, None)
     else:
-        held = torch.empty(m, groups, dtype=torch.float32, device=x.device)
-        scales = held
-    quantize(rows, fmt, out=(_bytes(_flat(q)), held))
+        fmt = QuantFormat(
+            "fp8_block128",
+            layout="column_major" if column_major_scales else _LINEAR,
+            power_of_two=bool(use_ue8m0),
+            amax_floor=eps,
+        )
+        quantize(rows, fmt, out=(codes, held))
     return q, scales if column_major_scales else scales.view(*x.shape[:-1], groups)
 
 
 def silu_and_mul_per_block_quant(
-    input: Tensor, group_size: int = 128, scale_ub: float | None = None
+    input: Tensor,
+    group_size: int,
+    quant_dtype: torch.dtype = _E4M3,
+    scale_ub: Tensor | float | None = None,
+    is_scale_transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up, rounded to the input's type, in groups (of 128 in one pass): (e4m3, f32 scales)."""
+    """silu(gate) * up, rounded to the input's type, in groups: (e4m3 [m,k], f32 scales [m, k/group_size]).
+
+    A scale is max(min(largest magnitude / 448, scale_ub), 1 / (448 * 512)). `is_scale_transposed`: the scales
+    are a view of memory [k/group_size, m]. Groups of 128 columns take one pass, others must divide k. The
+    bound is read on the host: a `scale_ub` on a GPU waits for the work before it.
+    """
+    op = "silu_and_mul_per_block_quant"
+    if quant_dtype != _E4M3:
+        raise TypeError(f"{op}: quant_dtype is {quant_dtype}, expected torch.float8_e4m3fn")
+    x = _flat(input)
+    m, k = x.shape[0], x.shape[1] // 2
+    _check_groups(op, group_size, k)
+    cap = None if scale_ub is None else _cap(448 * float(scale_ub))
+    codes = torch.empty(m, k, dtype=torch.uint8, device=x.device)
+    held, scales = _scales(m, -(-k // group_size), x, is_scale_transposed, aligned=False)
     if group_size != 128:
-        rows = moecore.activate(_flat(input), "silu")
-        q_rows = torch.empty(rows.shape, dtype=_E4M3, device=rows.device)
-        return q_rows, _group_quant(rows, group_size, q_rows, amax_floor=1 / 512, amax_cap=scale_ub)
-    fmt = QuantFormat("fp8_block128", amax_floor=1 / 512, amax_cap=scale_ub)
-    q = quantize(_flat(input), fmt, activation="silu")
-    return q.data.view(_E4M3), q.scales
+        _group_quant(moecore.activate(x, "silu"), group_size, codes, scales, 1 / 512, cap)
+    else:
+        layout = "column_major" if is_scale_transposed else _LINEAR
+        fmt = QuantFormat("fp8_block128", layout=layout, amax_floor=1 / 512, amax_cap=cap)
+        quantize(x, fmt, activation="silu", out=(codes, held))
+    return codes.view(_E4M3), scales
 
 
 def silu_and_mul(out: Tensor, x: Tensor) -> None:
     """Writes silu(gate) * up to `out`, rounded once (vLLM rounds silu(gate) first)."""
-    moecore.activate(_flat(x), "silu", out=_flat(out))
+    moecore.activate(_flat(x), "silu", out=in_rows("silu_and_mul", "out", out))
 
 
 def swigluoai_and_mul(out: Tensor, x: Tensor, alpha: float = 1.702, limit: float = 7.0) -> None:
     """gpt-oss's activation of interleaved (gate, up) pairs."""
-    moecore.activate(_flat(x), "swiglu_oai", order="interleaved", alpha=alpha, limit=limit, out=_flat(out))
+    rows = in_rows("swigluoai_and_mul", "out", out)
+    moecore.activate(_flat(x), "swiglu_oai", order="interleaved", alpha=alpha, limit=limit, out=rows)
 
 
 __all__ = [

@@ -36,6 +36,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _layout_of(op: str, argument: str, layout: SfLayout) -> str:
+    if not isinstance(layout, SfLayout):
+        raise TypeError(f"{op}: {argument} is {layout!r}, expected a member of SfLayout")
+    return _LAYOUTS[layout]
+
+
 def _layout(swizzled: bool, small: bool = False) -> str:
     return ("swizzled_8x4" if small else "swizzled_128x4") if swizzled else "linear"
 
@@ -49,9 +55,12 @@ def mxfp8_quantize(
     sf_swizzle_layout: SfLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(e4m3 [.., K rounded up to `alignment`], flat u8 scales); padded columns and scales are zero."""
-    if alignment % 32:
-        raise ValueError(f"mxfp8_quantize: alignment is {alignment}, expected a multiple of 32")
-    layout = _LAYOUTS[sf_swizzle_layout] if sf_swizzle_layout is not None else _layout(is_sf_swizzled_layout)
+    if alignment < 1 or alignment % 32:
+        raise ValueError(f"mxfp8_quantize: alignment is {alignment}, expected a positive multiple of 32")
+    if sf_swizzle_layout is not None:
+        layout = _layout_of("mxfp8_quantize", "sf_swizzle_layout", sf_swizzle_layout)
+    else:
+        layout = _layout(is_sf_swizzled_layout)
     q = quantize(_flat(input), QuantFormat("mxfp8", layout=layout), multiple=alignment)
     return q.data.view(_E4M3).view(*input.shape[:-1], q.data.shape[1]), q.scales.view(-1)
 
@@ -95,9 +104,8 @@ def nvfp4_quantize(
     """NVFP4: (u8 [M, K/2], u8 scales in `sfLayout`)."""
     if do_shuffle or sf_vec_size != 16:
         raise NotImplementedError("nvfp4_quantize: expected do_shuffle False and sf_vec_size 16")
-    q = quantize(
-        _flat(a), QuantFormat("nvfp4", layout=_LAYOUTS[sfLayout]), global_scale=a_global_sf.reshape(1).float()
-    )
+    layout = _layout_of("nvfp4_quantize", "sfLayout", sfLayout)
+    q = quantize(_flat(a), QuantFormat("nvfp4", layout=layout), global_scale=a_global_sf.reshape(1).float())
     return q.data, q.scales
 
 
@@ -105,7 +113,8 @@ def mxfp4_quantize(
     a: Tensor, backend: str = "cuda", sf_layout: SfLayout = SfLayout.layout_128x4
 ) -> tuple[Tensor, Tensor]:
     """MXFP4 with scales rounded up: (u8 [M, K/2], u8 scales)."""
-    q = quantize(_flat(a), QuantFormat("mxfp4", layout=_LAYOUTS[sf_layout], rounding="up"))
+    layout = _layout_of("mxfp4_quantize", "sf_layout", sf_layout)
+    q = quantize(_flat(a), QuantFormat("mxfp4", layout=layout, rounding="up"))
     return q.data, q.scales
 
 
@@ -115,7 +124,7 @@ def silu_and_mul_nvfp4_quantize(
     """nvfp4_quantize(silu(gate) * up) of a [M, 2K], gate first."""
     q = quantize(
         _flat(a),
-        QuantFormat("nvfp4", layout=_LAYOUTS[sfLayout]),
+        QuantFormat("nvfp4", layout=_layout_of("silu_and_mul_nvfp4_quantize", "sfLayout", sfLayout)),
         global_scale=a_global_sf.reshape(1).float(),
         activation="silu",
     )

@@ -163,22 +163,22 @@ def moe_sum(input_tensor: Tensor, output_tensor: Tensor) -> None:
 
 def silu_and_mul(input: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up for rows gate|up, computed in f32 and rounded once."""
-    return _activate(input, out, "silu")
+    return _activate("silu_and_mul", input, out, "silu")
 
 
 def gelu_and_mul(input: Tensor, out: Tensor | None = None) -> Tensor:
     """gelu(gate) * up (with erf) for rows gate|up, computed in f32 and rounded once."""
-    return _activate(input, out, "gelu")
+    return _activate("gelu_and_mul", input, out, "gelu")
 
 
 def gelu_tanh_and_mul(input: Tensor, out: Tensor | None = None) -> Tensor:
     """gelu(gate) * up (with tanh) for rows gate|up, computed in f32 and rounded once."""
-    return _activate(input, out, "gelu_tanh")
+    return _activate("gelu_tanh_and_mul", input, out, "gelu_tanh")
 
 
-def _activate(input: Tensor, out: Tensor | None, kind: str) -> Tensor:
+def _activate(op: str, input: Tensor, out: Tensor | None, kind: str) -> Tensor:
     width = input.shape[-1]
     if out is None:
         out = input.new_empty((*input.shape[:-1], width // 2))
-    moecore.activate(input.view(-1, width), kind, order="gate_up", out=out.view(-1, width // 2))
+    moecore.activate(input.reshape(-1, width), kind, order="gate_up", out=_shared.in_rows(op, "out", out))
     return out

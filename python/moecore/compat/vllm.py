@@ -113,8 +113,11 @@ def grouped_topk(
 ) -> tuple[Tensor, Tensor]:
     """DeepSeek's grouped top-k: scores [T,E] -> (weights f32 [T,K], ids i32 [T,K]).
 
-    scoring_func 1: sigmoid of raw logits; 0: `scores` are activated already. Every shape computes in f32.
+    scoring_func 1: sigmoid of raw logits; 0: `scores` are activated already, ValueError for others. Every
+    shape computes in f32.
     """
+    if scoring_func not in (0, 1):
+        raise ValueError(f"grouped_topk: scoring_func is {scoring_func}, expected 0 or 1")
     return moecore.route(
         scores,
         topk,

@@ -7,7 +7,7 @@ from typing import Any, Generic, cast
 from moecore import _core
 from moecore._core import QuantFormat
 from moecore._frameworks import framework_of
-from moecore.ops.arguments import as_format, dim, padded, traced_ops
+from moecore.ops.arguments import FLOATS, as_format, check_dtype, check_least, dim, padded, traced_ops
 from moecore.typing import DLPackTensor, StreamLike, TensorT
 
 
@@ -61,6 +61,7 @@ def grouped_gemm(
     mxfp8 and nvfp4 with mxfp4 and nvfp4 weights. The result has x's dtype, or where x is quantised
     `out_dtype` (f32|bf16|f16, by default bf16).
     """
+    check_dtype("grouped_gemm", "out_dtype", out_dtype, FLOATS)
     if (traced := traced_ops()) is not None:
         return traced.grouped_gemm(  # type: ignore[no-any-return]
             x,
@@ -386,8 +387,9 @@ def grouped_gemm_workspace_bytes(
 ) -> int:
     """Bytes of workspace that grouped_gemm() needs, at any alignment, for weights [num_experts, n, k].
 
-    `dtype` is that of the result.
+    `dtype` is that of the result. ValueError for negative sizes.
     """
+    check_least("grouped_gemm_workspace_bytes", 0, rows=rows, n=n, k=k, num_experts=num_experts)
     return padded(
         _core.grouped_gemm_workspace_bytes(
             rows, n, k, num_experts, dtype, device, as_format(x_format), as_format(weight_format)
@@ -406,7 +408,19 @@ def fused_experts_workspace_bytes(
     x_format: QuantFormat | str | None = None,
     weight_format: QuantFormat | str | None = None,
 ) -> int:
-    """Bytes of workspace that fused_experts() needs, at any alignment and for every routing."""
+    """Bytes of workspace that fused_experts() needs, at any alignment and for every routing.
+
+    ValueError for negative sizes.
+    """
+    check_least(
+        "fused_experts_workspace_bytes",
+        0,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        hidden=hidden,
+        inter=inter,
+    )
     return padded(
         _core.fused_experts_workspace_bytes(
             num_tokens,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moecore import _core
 from moecore._frameworks import Framework, framework_of
-from moecore.ops.arguments import dim, padded, traced_ops
+from moecore.ops.arguments import check_least, dim, padded, traced_ops
 from moecore.typing import DLPackTensor, StreamLike, TensorT
 
 
@@ -111,6 +111,12 @@ class Plan(NamedTuple):
     def top_k(self) -> int:
         """K."""
         return int(self.slot_row.shape[1])
+
+
+def check_plan(op: str, plan: Any) -> None:
+    """TypeError for what is no Plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{op}: plan is a {type(plan).__name__}, expected a moecore.Plan")
 
 
 def _empty_plan(fw: Framework, like: Any, num_tokens: int, top_k: int, experts: int, sizes: bool) -> Plan:
@@ -273,4 +279,5 @@ def route_plan(
 
 def plan_workspace_bytes(num_tokens: int, top_k: int, num_experts: int, device: str = "cpu") -> int:
     """Bytes of workspace that plan() needs, at any alignment."""
+    check_least("plan_workspace_bytes", 0, num_tokens=num_tokens, top_k=top_k, num_experts=num_experts)
     return padded(_core.plan_workspace_bytes(num_tokens, top_k, num_experts, device))

@@ -6,8 +6,8 @@ from typing import Any, overload
 
 from moecore import _core
 from moecore._frameworks import Framework, framework_of
-from moecore.ops.arguments import dim, traced_ops
-from moecore.ops.routing import Plan
+from moecore.ops.arguments import FLOATS, check_dtype, check_least, check_out, dim, traced_ops
+from moecore.ops.routing import Plan, check_plan
 from moecore.typing import DLPackTensor, StreamLike, TensorT
 
 
@@ -30,6 +30,7 @@ def permute(x: Any, plan: Plan, *, scales: Any = None, out: Any = None, stream: 
     With `scales` [T,B] of any dtype (linear: one for each token, or for each block of its columns), moves
     them beside the rows in the same pass and returns (rows, row_scales [R,B]).
     """
+    check_plan("permute", plan)
     if (traced := traced_ops()) is not None:
         return traced.permute(x, scales, plan.row_token, plan.slot_row, plan.expert_offsets, out)
     fw = framework_of("permute", "x", x)
@@ -124,7 +125,7 @@ def activate(
     _core.activate(
         x,
         out,
-        activation=kind,
+        kind=kind,
         order=order,
         alpha=alpha,
         beta=beta,
@@ -160,6 +161,8 @@ def finalize(
     the scales of every 128 columns of e4m3 rows: [R,C], or with `scale_layout` "column_major" [C,P]. A
     residual beside an e4m3 output is bf16.
     """
+    check_dtype("finalize", "dtype", dtype, (*FLOATS, "e4m3"))
+    check_least("finalize", 0, hidden=hidden)
     slots: Any = slot_row.slot_row if isinstance(slot_row, Plan) else slot_row
     if (traced := traced_ops()) is not None:
         return traced.finalize(  # type: ignore[no-any-return]
@@ -169,6 +172,8 @@ def finalize(
     fw.admit("finalize", rows, weights, residual, row_scales)
     if out is None:
         out = fw.empty(rows, (dim(slots, 0), dim(rows, 1) if hidden is None else hidden), dtype)
+    else:
+        check_out(fw, "finalize", out, hidden=hidden, dtype=dtype)
     _core.finalize(
         rows,
         slots,
@@ -201,6 +206,7 @@ def finalize_quantize(
     `scale_layout`: "linear" [T,C], or "column_major" [C,P] with T rounded up to 4. A block of zeros has the
     scale 1e-10 / 448 and zero codes.
     """
+    check_least("finalize_quantize", 0, hidden=hidden)
     slots: Any = slot_row.slot_row if isinstance(slot_row, Plan) else slot_row
     if (traced := traced_ops()) is not None:
         return traced.finalize_quantize(  # type: ignore[no-any-return]
@@ -214,6 +220,7 @@ def finalize_quantize(
         scales = fw.empty(rows, block_scale_shape(num_tokens, width, scale_layout), "f32")
     else:
         codes, scales = out
+        check_out(fw, "finalize_quantize", codes, hidden=hidden)
     _core.finalize(
         rows,
         slots,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,23 +127,33 @@ def _activate(
     )
 
 
-# A QuantFormat as an argument of an op: a kind as it is, an object by the name under which it is kept here.
-_formats: dict[str, QuantFormat] = {}
-atexit.register(_formats.clear)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def format_name(format: QuantFormat | str | None) -> str | None:
+    """What stands for a format among the arguments: its kind, or the call that makes it."""
+    return format if format is None or isinstance(format, str) else repr(format)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def format_name(format: QuantFormat | str | None) -> str | None:
-    """What stands for a format among the arguments."""
-    if format is None or isinstance(format, str):
-        return format
-    name = f"format {id(format)}"
-    _formats[name] = format
-    return name
+def format_kind(format: QuantFormat | str) -> str:
+    """The kind of a format."""
+    return format if isinstance(format, str) else format.kind
 
 
-def _format(name: str | None) -> QuantFormat | str | None:
-    return _formats.get(name, name) if name is not None else None
+@functools.lru_cache(maxsize=64)
+def _format_object(name: str) -> QuantFormat:
+    """The format of a format_name(), of this process or another."""
+    if not name.startswith("QuantFormat("):
+        return QuantFormat(name)
+    call: Any = ast.parse(name, mode="eval").body
+    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return QuantFormat(*map(ast.literal_eval, call.args), **options)
+
+
+atexit.register(_format_object.cache_clear)
+
+
+def _format(name: str | None) -> QuantFormat | None:
+    return None if name is None else _format_object(name)
 
 
 def _grouped_gemm_outputs(
@@ -188,8 +200,8 @@ def _finalize(
     row_scales: Any, scale_layout: str, dtype: Any,
 ) -> None:  # fmt: skip
     ops.finalize(
-        rows, slot_row, weights, cast_weights=cast_weights, residual=residual, row_scales=row_scales,
-        scale_layout=scale_layout, out=out[0],
+        rows, slot_row, weights, hidden=hidden, cast_weights=cast_weights, residual=residual,
+        row_scales=row_scales, scale_layout=scale_layout, dtype=dtype, out=out[0],
     )  # fmt: skip
 
 
@@ -207,8 +219,8 @@ def _finalize_quantize(
     scale_layout: str,
 ) -> None:  # fmt: skip
     ops.finalize_quantize(
-        rows, slot_row, weights, residual=residual, row_scales=row_scales, scale_layout=scale_layout,
-        out=tuple(out),
+        rows, slot_row, weights, hidden=hidden, residual=residual, row_scales=row_scales,
+        scale_layout=scale_layout, out=tuple(out),
     )  # fmt: skip
 
 
@@ -232,11 +244,6 @@ def _fused_experts(
         apply_router_weight_on_input=apply_router_weight_on_input, residual=residual,
         x_format=_format(x_format), x_scale=x_scale, inter_scale=inter_scale, out=out[0],
     )  # fmt: skip
-
-
-def _format_object(name: str) -> QuantFormat:
-    kept = _format(name)
-    return kept if isinstance(kept, QuantFormat) else QuantFormat(name)
 
 
 def _up(n: Any, multiple: int) -> Any:
@@ -267,6 +274,7 @@ def _quantize_outputs(
     limit: Any, multiple: int, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     fmt = _format_object(format)
+    quantization.check_static_scale(fmt.kind, scale, None)
     rows, width = (x if row_token is None else row_token).shape[0], x.shape[1]
     cols = width // 2 if activation is not None and order != "plain" else width
     padded = quantization.padded_columns(fmt, cols, multiple)
@@ -286,7 +294,9 @@ def _quantize(
     row_counts: Any, row_token: Any, slot_row: Any, activation: Any, order: Any, alpha: Any, beta: Any,
     limit: Any, multiple: int,
 ) -> None:  # fmt: skip
+    fmt = _format_object(format)
     if scale is not None:
+        quantization.check_static_scale(fmt.kind, scale, None)
         out[1].copy_(scale)
     rows: dict[str, Any] = {
         "expert_offsets": expert_offsets, "scale_offsets": scale_offsets, "row_counts": row_counts
@@ -294,8 +304,8 @@ def _quantize(
     if row_token is not None:
         rows = {"plan": Plan(expert_offsets, scale_offsets, row_token, slot_row, None)}
     quantization.quantize(
-        x, _format_object(format), global_scale=global_scale, **rows, activation=activation, order=order,
-        alpha=alpha, beta=beta, limit=limit, out=(out[0], out[1]),
+        x, fmt, global_scale=global_scale, **rows, activation=activation, order=order, alpha=alpha,
+        beta=beta, limit=limit, out=(out[0], out[1]),
     )  # fmt: skip
 
 
@@ -311,8 +321,8 @@ def _dequantize(
     expert_offsets: Any, scale_offsets: Any, row_counts: Any,
 ) -> None:  # fmt: skip
     quantization.dequantize(
-        data, scales, _format_object(format), global_scale=global_scale, expert_offsets=expert_offsets,
-        scale_offsets=scale_offsets, row_counts=row_counts, out=out[0],
+        data, scales, _format_object(format), hidden=hidden, global_scale=global_scale,
+        expert_offsets=expert_offsets, scale_offsets=scale_offsets, row_counts=row_counts, out=out[0],
     )  # fmt: skip
 
 

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 
 from moecore.ops import Experts, Plan
-from moecore.torch_ops.definitions import format_name
+from moecore.quantization import check_static_scale
+from moecore.torch_ops.definitions import format_kind, format_name
 
 
 def _call(name: str, out: Any, *args: Any) -> Any:
     """The functional op, or the `_out` op and the caller's tensors."""
     if out is None:
         return getattr(torch.ops.moecore, name)(*args)
+    if isinstance(out, list):
+        out = tuple(out)
     getattr(torch.ops.moecore, f"{name}_out")(*args, *(out if isinstance(out, tuple) else (out,)))
     return out
 
@@ -128,12 +131,13 @@ def quantize(
     multiple: int, out: Any,
 ) -> Any:  # fmt: skip
     """moecore.quantize() in a traced program."""
+    check_static_scale(format_kind(format), scale, out)
     row_token, slot_row = None, None
     if plan is not None:
         expert_offsets, scale_offsets = plan.expert_offsets, plan.scale_offsets
         row_token, slot_row = plan.row_token, plan.slot_row
     return _call(
-        "quantize", None if out is None else tuple(out), x, format_name(format), global_scale,
+        "quantize", out, x, format_name(format), global_scale,
         scale if out is None else None, expert_offsets, scale_offsets, row_counts, row_token, slot_row,
         activation, order, alpha, beta, limit, multiple,
     )  # fmt: skip
