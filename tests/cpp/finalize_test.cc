@@ -104,6 +104,23 @@ TEST_P(Finalize, EveryWeightTypeAndCast) {
                              .place = place});
 }
 
+TEST_P(Finalize, RowsInDescendingOrder) {
+  for (std::int64_t top_k : {2, 3, 8})
+    for (std::int64_t hidden : {64, 71}) {
+      constexpr std::int64_t kRows = 9, kTokens = 5;
+      Random random(4);
+      const Array slots = random.integers({kTokens, top_k}, -1, kRows - 1);
+      Array mirrored = slots;
+      for (double& slot : mirrored.values) slot = slot < 0 ? slot : kRows - 1 - slot;
+      const Tensor rows(device(), dtype(), random.floats({kRows, hidden}, dtype()));
+      const Tensor there(device(), DType::kI32, slots), back(device(), DType::kI32, mirrored);
+      Tensor out(device(), dtype(), {kTokens, hidden}), expected(device(), dtype(), {kTokens, hidden});
+      finalize(rows.descending(), there.read_only(), out, {}, Call(device()));
+      finalize(rows.read_only(), back.read_only(), expected, {}, Call(device()));
+      EXPECT_TRUE(equal(out.get(), expected.get())) << top_k << " " << hidden;
+    }
+}
+
 TEST_P(Finalize, AddsTheResidualLast) {
   for (std::int64_t top_k : {0, 1, 4, 8})
     for (std::int64_t hidden : {1, 64, 129})

@@ -153,6 +153,24 @@ TEST_P(GroupedGemm, TilesOnDemand) {
       }
 }
 
+TEST_P(GroupedGemm, RowsInDescendingOrder) {
+  for (std::int64_t k : {40, 43}) {
+    constexpr std::int64_t kRows = 9, kExperts = 2, kColumns = 48;
+    Random random(5);
+    const Tensor x(device(), dtype(), random.integers({kRows, k}, -3, 3)),
+        weights(device(), dtype(), random.integers({kExperts, kColumns, k}, -3, 3)),
+        offsets(device(), DType::kI32, Array({3}, {0, 4, 9})),
+        mirrored(device(), DType::kI32, Array({kRows}, {8, 7, 6, 5, 4, 3, 2, 1, 0}));
+    Tensor out(device(), dtype(), {kRows, kColumns}), expected(device(), dtype(), {kRows, kColumns});
+    const std::size_t bytes = grouped_gemm_workspace_bytes(kRows, kColumns, k, kExperts, dtype(), device());
+    grouped_gemm(x.descending(), weights, offsets, out, {}, Call(device(), bytes));
+    GroupedGemmOptions gather;
+    gather.row_token = mirrored.read_only();
+    grouped_gemm(x, weights, offsets, expected, gather, Call(device(), bytes));
+    EXPECT_TRUE(equal(out.get(), expected.get())) << k;
+  }
+}
+
 TEST_P(GroupedGemm, BitsDoNotDependOnThreadsOrRepeats) {
   Random random(8);
   const std::int64_t num_experts = 6, n = 200, k = 333, num_rows = 90;

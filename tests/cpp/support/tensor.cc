@@ -72,6 +72,13 @@ TensorView Tensor::read_only() const {
   return v;
 }
 
+TensorView Tensor::descending() const {
+  TensorView v = read_only();
+  v.data = static_cast<std::byte*>(v.data) + (v.shape[0] - 1) * v.strides[0] * bit_width(v.dtype) / 8;
+  v.strides[0] = -v.strides[0];
+  return v;
+}
+
 std::int64_t Tensor::num_rows() const {
   if (view_.numel() == 0) return 0;
   return view_.ndim == 0 ? 1 : view_.numel() / view_.shape[view_.ndim - 1];

@@ -32,6 +32,8 @@ class Tensor {
 
   TensorView view() const { return view_; }
   TensorView read_only() const;
+  /// The rows of a matrix from the last to the first, as NumPy's [::-1] views them.
+  TensorView descending() const;
   operator TensorView() const { return view_; }
 
   void set(const Array& values);
