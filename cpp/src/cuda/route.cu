@@ -493,7 +493,7 @@ RoutePolicy choose_policy(const RouteProblem& p, int num_sms, std::string_view t
   override_policy("route", text,
                   {{"lanes", &lanes, {0, 1, 8, 16, 32, 64}},
                    {"threads", &threads, {32, 64, 128}},
-                   {"blocks", &blocks, {132, 264, 528, 1056, 2112}}});
+                   {"blocks", &blocks, {num_sms, 2 * num_sms, 4 * num_sms, 8 * num_sms, 16 * num_sms}}});
   if (lanes >= 0) {
     policy = policy_with_lanes(p, lanes, num_sms);
     if (lanes > 0 && policy.form == RouteForm::kGeneral)
