@@ -156,11 +156,13 @@ class _CuPyArrays(Arrays):
 
 
 def open_device(device: str) -> Arrays:
-    """Arrays on ``"cpu"`` or ``"cuda"``; DeviceMissingError says what a GPU lacks."""
+    """Arrays on ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU or else the CPU. DeviceMissingError tells why."""
     if device == "cpu":
         return Arrays()
     count, reason = _core.cuda_device_count()
     if count == 0:
+        if device == "auto":
+            return Arrays()
         raise DeviceMissingError(reason)
     if importlib.util.find_spec("torch"):
         return _TorchArrays()

@@ -83,12 +83,7 @@ def run(model: str, tokens: int, dtype: str, device: str, scale: float, threads:
 
 
 def explain(op: str, model: str, tokens: int, dtype: str, device: str) -> str:
-    """Which kernel ``op`` takes for the layer of ``model``; its tensors are shapes without contents.
-
-    ``device`` "auto" is the GPU where one is there.
-    """
-    if device == "auto":
-        device = "cuda" if moecore.is_available("cuda") else "cpu"
+    """Which kernel ``op`` takes for the layer of ``model``; its tensors are shapes without contents."""
     layer, arrays = MODELS[model], open_device(device)
     e, k, h, i = layer.num_experts, layer.top_k, layer.hidden, layer.inter
     rows = tokens * k

@@ -371,14 +371,15 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
     return chosen;
   });
   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
-  if (p.num_tokens == 0 && p.padded_scale_rows > 0 && p.hidden > 0) {  // column-major scales of no token
-    const DeviceGuard guard(device);
+  if (p.num_tokens == 0 || p.hidden == 0) {
+    if (p.hidden == 0 || p.padded_scale_rows == 0) return;
+    const DeviceGuard guard(device);  // column-major scales of no token
     check(cudaMemset2DAsync(p.out_scales.data, p.out_scales.block_stride * sizeof(float), 0,
                             p.padded_scale_rows * sizeof(float),
                             (p.hidden + kFinalizeScaleBlock - 1) / kFinalizeScaleBlock, stream(ctx)),
           "finalize", "zeroing scales");
+    return;
   }
-  if (p.num_tokens == 0 || p.hidden == 0) return;
 
   constexpr QuantFormat kOutFormat{.granularity = Granularity::kBlock128};
   const FinalizeArgs args{.rows = p.rows,

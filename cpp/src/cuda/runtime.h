@@ -6,8 +6,7 @@
 //   const FinalizePolicy policy = select_finalize_policy(device.num_sms, ...);
 //   if (explained(ctx, "finalize", [&] { return describe(policy); })) return;
 //   DeviceGuard guard(device);
-//   launch("finalize", device, {.grid = ..., .block = ..., .stream = stream(ctx), .dependent = true}, kernel,
-//   args);
+//   launch("finalize", device, {.grid = ..., .block = ..., .stream = stream(ctx)}, kernel, args);
 // Nothing here synchronises or allocates device memory, and the calling thread's current device is restored.
 
 #include <cuda_runtime.h>
@@ -60,8 +59,7 @@ inline constexpr std::int64_t kMaxGridY = 65535;
 struct LaunchConfig {
   dim3 grid{1};
   dim3 block{1};
-  std::size_t smem_bytes =
-      0;  // dynamic shared memory; the kernel's limit is raised to the device's where needed
+  std::size_t smem_bytes = 0;  // dynamic shared memory; a kernel's limit is raised where needed
   cudaStream_t stream = nullptr;
   /// Programmatic dependent launch: the kernel may start while its predecessor drains, so it must call
   /// dev::wait_for_predecessor() before it touches global memory. Ignored below compute capability 9.0.

@@ -122,11 +122,11 @@ void check_scale_offsets(const Check& check, const ExpertRowsRef& experts, const
   std::int64_t least = 0;
   for (std::int64_t e = 0; e <= experts.num_experts; ++e) {
     const std::int64_t begin = experts.scale_offsets[e];
-    check.that(begin >= least && begin <= scales.rows && begin % multiple == 0,
-               "scale_offsets[" + std::to_string(e) + "]", begin,
-               "a multiple of " + std::to_string(multiple) + " from " + std::to_string(least) +
-                   " to scales.shape[0] = " + std::to_string(scales.rows) +
-                   ", as plan() gives with a scale_alignment of 128");
+    if (begin < least || begin > scales.rows || begin % multiple != 0)
+      check.fail("scale_offsets[" + std::to_string(e) + "]", std::to_string(begin),
+                 "a multiple of " + std::to_string(multiple) + " from " + std::to_string(least) +
+                     " to scales.shape[0] = " + std::to_string(scales.rows) +
+                     ", as plan() gives with a scale_alignment of 128");
     if (e < experts.num_experts)
       least = begin + std::max<std::int64_t>(
                           0, std::int64_t{experts.expert_offsets[e + 1]} - experts.expert_offsets[e]);

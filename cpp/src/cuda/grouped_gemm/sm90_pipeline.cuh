@@ -292,7 +292,7 @@ struct Pipeline {
         });
       }
       __syncwarp();
-      if (kConfig.shares && dynamic) queue.go_on_with(__reduce_max_sync(~0u, next)), open = true;
+      if (asks) queue.go_on_with(__reduce_max_sync(~0u, next)), open = true;
     });
   }
 
