@@ -286,6 +286,65 @@ TEST_P(Quantize, PermuteFusedIsThePair) {
   }
 }
 
+// Where nothing can be read back, offsets of scales that do not fit lead to other scales of the tensor, never
+// out of it; codes are what they are anyway.
+TEST_P(Quantize, OffsetsThatDoNotFitStayInside) {
+  if (device().type != DeviceType::kCUDA) GTEST_SKIP() << "the CPU reads the offsets and refuses them";
+  const RoutingCase c{60, 4, 3};
+  const std::int64_t rows = c.num_tokens * c.top_k, cols = 96, room = expert_scale_rows(rows, c.num_experts);
+  const oracle::PlanResult p = oracle::plan(c.ids(), {.num_experts = c.num_experts});
+  const Tensor expert_offsets(device(), DType::kI32, p.expert_offsets),
+      row_token(device(), DType::kI32, p.row_token), slot_row(device(), DType::kI32, p.slot_row);
+  const Tensor input = tensor(random_values(3, dtype(), c.num_tokens, cols), c.num_tokens, cols);
+  Tensor permuted(device(), dtype(), {rows, cols});
+  Plan plan{.expert_offsets = expert_offsets,
+            .scale_offsets = expert_offsets,
+            .row_token = row_token,
+            .slot_row = slot_row};
+  permute(input.read_only(), plan, permuted, Call(device()));
+  RowMap map;
+  map.live.assign(static_cast<std::size_t>(rows), true);
+  map.scale_rows = 3 * room;
+  for (const NamedFormat& n : formats()) {
+    if (!is_swizzled(n.format)) continue;
+    auto run = [&](const std::vector<std::int64_t>& offsets, Outputs& out, bool fused, bool inside) {
+      const Tensor scale_offsets(device(), DType::kI32, integers(offsets));
+      TensorView scales = out.scales;  // the middle third
+      const std::int64_t third = room * scales.strides[0];
+      scales.data = static_cast<std::byte*>(scales.data) + third;
+      scales.shape[0] = room;
+      plan.scale_offsets = scale_offsets;
+      const ExpertRows experts{.expert_offsets = expert_offsets.read_only(),
+                               .scale_offsets = scale_offsets.read_only()};
+      if (fused)
+        permute_quantize(input.read_only(), plan, out.data, scales, n.format, {}, Call(device()));
+      else
+        quantize(permuted.read_only(), out.data, scales, n.format, {.rows = experts}, Call(device()));
+      if (inside) return;
+      const Bytes bytes = out.scales.get_bytes();
+      for (std::int64_t i = 0; i < third; ++i) {
+        ASSERT_EQ(bytes[static_cast<std::size_t>(i)], kPoison) << "before";
+        ASSERT_EQ(bytes[static_cast<std::size_t>(2 * third + i)], kPoison) << "behind";
+      }
+      Tensor back(device(), dtype(), {rows, cols});
+      dequantize(out.data.read_only(), scales, back, n.format, {.rows = experts}, Call(device()));
+      EXPECT_TRUE(back.surroundings_intact());
+    };
+    for (bool fused : {false, true}) {
+      Outputs right(device(), n.format, rows, cols, map);
+      run({0, 128, 256, 384}, right, fused, true);
+      for (const std::vector<std::int64_t>& offsets : std::vector<std::vector<std::int64_t>>{
+               {0, room, 2 * room, 2 * room}, {-room, 0, 5, 2 * room}, {room - 8, 1, -1, room + 1}}) {
+        SCOPED_TRACE(::testing::Message() << n.name << (fused ? " fused " : " ") << offsets[0]);
+        Outputs out(device(), n.format, rows, cols, map);
+        run(offsets, out, fused, false);
+        EXPECT_TRUE(same_bytes(out.data.get_bytes(), right.data.get_bytes()));
+        EXPECT_TRUE(out.scales.surroundings_intact());
+      }
+    }
+  }
+}
+
 TEST_P(Quantize, Dequantize) {
   constexpr std::int64_t kRows = 6, kPadded = 288;
   for (const NamedFormat& n : formats())

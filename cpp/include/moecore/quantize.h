@@ -118,7 +118,7 @@ struct ExpertRows {
   /// i32 [E+1], for swizzled layouts: expert e's scales are a swizzled block of their own from scale row
   /// scale_offsets[e] on; its padding up to scale_offsets[e+1] is zeroed. Multiples of 128 (8 suffices for
   /// 8x4) up to the rows of scales: those of a plan with scale_alignment 128. On the CPU others are refused;
-  /// on CUDA, where nothing is read back, they are the caller's word.
+  /// on CUDA, where nothing is read back, they lead to other scales of the tensor, never out of it.
   std::optional<TensorView> scale_offsets{};
   /// i32 [E], instead of offsets: x is E groups of R / E rows, of which the first row_counts[e] are valid.
   /// The scales of every group are a block of their own, R / E rows rounded up to the layout's multiple.

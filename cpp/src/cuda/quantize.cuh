@@ -28,6 +28,7 @@ struct ScaleMap {
   std::int64_t tile;       // from one tile of rows to the next
   std::int64_t base;       // for each row that a block of scales starts at
   unsigned tile_shift;
+  int room;                       // rows of scales that there are, in whole tiles
   unsigned row_bits, group_bits;  // of a row's number: which of its group's, and which group of its tile
   unsigned row;                   // from one row of a group to the next
 
@@ -37,6 +38,7 @@ struct ScaleMap {
         tile(scale_byte(s, 0, scale_row_multiple(s.layout), 0)),
         base(is_swizzled(s.layout) ? s.words() * kScaleWord : 0),
         tile_shift(std::countr_zero(static_cast<unsigned>(scale_row_multiple(s.layout)))),
+        room(whole_tiles(static_cast<int>(s.rows))),
         row_bits(s.layout == ScaleLayout::kSwizzled128x4 ? 31u : (1u << tile_shift) - 1),
         group_bits(s.layout == ScaleLayout::kSwizzled128x4 ? 96u : 0u),
         row(is_swizzled(s.layout) ? static_cast<unsigned>(scale_byte(s, 0, 1, 0)) : 0u) {}
@@ -49,6 +51,12 @@ struct ScaleMap {
   }
   __device__ __forceinline__ std::int64_t of_block(int block) const {
     return block / 4 * four + block % 4 * one;
+  }
+  constexpr int whole_tiles(int rows) const { return rows >> tile_shift << tile_shift; }
+  /// Where the scales of `rows` rows begin that should begin at `first`. The host cannot look at offsets on
+  /// the device; those of a plan with another alignment lead to another expert's scales, never out of memory.
+  __device__ __forceinline__ int inside(int first, int rows) const {
+    return max(0, min(first, room - whole_tiles(rows + (1 << tile_shift) - 1)));
   }
 };
 
@@ -170,8 +178,8 @@ __device__ __forceinline__ Place place_of(const ExpertRowsRef& experts, const Sc
   } else if (experts.expert_offsets && (experts.scale_offsets || expert_needed)) {
     place.expert = search_expert(experts, row);
     if (experts.scale_offsets) {
-      base = __ldg(experts.scale_offsets + place.expert);
       scale_row -= __ldg(experts.expert_offsets + place.expert);
+      base = map.inside(__ldg(experts.scale_offsets + place.expert), scale_row + 1);
     }
   }
   place.scales = base * map.base + map.of_row(scale_row);

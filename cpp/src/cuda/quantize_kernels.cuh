@@ -54,13 +54,14 @@ __device__ inline void zero_scale_rows(const ScaleRef& scales, std::int64_t base
 }
 
 /// The share of warp `warp` of the scales that belong to no row.
-__device__ inline void zero_padding(const ScaleRef& scales, const ExpertRowsRef& experts, std::int64_t rows,
-                                    unsigned warp) {
+__device__ inline void zero_padding(const QuantizeArgs& args, unsigned warp) {
+  const ScaleRef& scales = args.scales;
+  const ExpertRowsRef& experts = args.experts;
   if (scales.layout == ScaleLayout::kColumnMajor) {
     const std::int64_t column = std::int64_t{warp} * 32 + threadIdx.x % 32;
     if (column >= (scales.bytes == 4 ? scales.cols : scales.words())) return;
     auto* word = reinterpret_cast<std::uint32_t*>(scales.data + column * scales.pitch);
-    for (std::int64_t row = rows; row < scales.rows; ++row) word[row] = 0;
+    for (std::int64_t row = args.rows; row < scales.rows; ++row) word[row] = 0;
     return;
   }
   const auto groups = static_cast<unsigned>((scales.words() + kPaddingWords - 1) / kPaddingWords);
@@ -74,12 +75,13 @@ __device__ inline void zero_padding(const ScaleRef& scales, const ExpertRowsRef&
     begin = min(static_cast<int>(experts.group_rows), max(0, experts.row_counts[e]));
     base = std::int64_t{e} * end;
   } else if (experts.scale_offsets) {
-    base = experts.scale_offsets[e];
     begin = experts.expert_offsets[e + 1] - experts.expert_offsets[e];
-    end = static_cast<int>(experts.scale_offsets[e + 1] - base);
+    const int first = args.map.inside(experts.scale_offsets[e], begin);
+    end = min(experts.scale_offsets[e + 1] - first, args.map.whole_tiles(args.map.room - first));
+    base = first;
   } else {
     const auto multiple = static_cast<int>(scale_row_multiple(scales.layout));
-    begin = static_cast<int>(rows);
+    begin = static_cast<int>(args.rows);
     end = (begin + multiple - 1) / multiple * multiple;
   }
   zero_scale_rows(scales, base, begin, end, word);
@@ -229,7 +231,7 @@ struct Owner {
 
   /// Works out what find() has asked for.
   __device__ __forceinline__ void settle(const QuantizeArgs& args) {
-    scales = args.scales.data + scale_row * args.map.base;
+    scales = args.scales.data + args.map.inside(scale_row, end - first) * args.map.base;
     if (args.global_scale_per_expert) global.reciprocal = __frcp_rn(global.value);
   }
 };
@@ -313,8 +315,7 @@ __global__ void __launch_bounds__(kMaxTileThreads, tile_blocks_per_sm<T>(kWhole,
   dev::wait_for_predecessor();
   dev::release_successor();
   if (blockIdx.x < args.padding_blocks)
-    return zero_padding(args.scales, args.experts, args.rows,
-                        (blockIdx.x * gridDim.y + blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32);
+    return zero_padding(args, (blockIdx.x * gridDim.y + blockIdx.y) * (blockDim.x / 32) + threadIdx.x / 32);
   const Columns<kEncoding, kUnroll> columns(args);
   const auto begin = static_cast<std::int64_t>(blockIdx.x - args.padding_blocks) * args.tasks_of_block;
   auto end = static_cast<int>(min(begin + args.tasks_of_block, std::int64_t{args.num_tasks}));
