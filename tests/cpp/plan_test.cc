@@ -175,21 +175,24 @@ TEST_P(PlanOp, EveryFormGivesTheSame) {
                                {1024, 8, 256},
                                {1000, 8, 40},
                                {1024, 8, 8},
-                               {700, 4, 1100}}) {
+                               {700, 4, 1100},
+                               {4096, 8, 100}}) {
     int forms_run = 0;
     for (const char* policy :
          {"", "order=0", "order=1", "blocks=1 threads=1024 rounds=8",
           "blocks=1 threads=1024 rounds=8 order=1", "blocks=8 threads=512 rounds=2 order=0",
-          "blocks=8 threads=512 rounds=2 order=1"}) {
+          "blocks=8 threads=512 rounds=2 order=1", "blocks=2 threads=1024 rounds=4 order=1",
+          "blocks=4 threads=512 rounds=4 order=0", "blocks=16 threads=512 rounds=4 order=0",
+          "blocks=16 threads=512 rounds=4 order=1"}) {
       SCOPED_TRACE(::testing::Message() << c << " " << policy);
       try {
         expect_plan(c.ids(5), {.num_experts = c.num_experts, .hidden = 7, .inter = 5}, DType::kI32, {}, 0,
                     policy);
         ++forms_run;
-      } catch (const InvalidArgument&) {  // as clusters are before Hopper
+      } catch (const InvalidArgument&) {  // as clusters are before Hopper, or too few blocks for the routes
       }
     }
-    EXPECT_GE(forms_run, 5);
+    EXPECT_GE(forms_run, c.num_tokens * c.top_k > 8192 ? 3 : 5);
   }
 }
 

@@ -135,12 +135,12 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
   std::vector<std::int64_t> routes = kCounts;
   for (std::int64_t r : {511, 512, 513, 1023, 1024, 4096, 8191, 8192, 8193, 32767, 32768, 32769, 2147483647})
     routes.push_back(r);
-  for (int compute_capability : {80, 86, 89, 90, 100, 120})
+  for (int max_cluster : {1, 2, 8, 16})
     for (std::int64_t num_routes : routes)
       for (std::int64_t num_experts : {1, 2, 31, 32, 33, 64, 128, 256, 257, 512, 1024, 2047, 2048}) {
-        SCOPED_TRACE(::testing::Message() << "sm_" << compute_capability << " " << num_routes << " routes, "
-                                          << num_experts << " experts");
-        const cuda::PlanPolicy policy = cuda::select_plan_policy(num_routes, num_experts, compute_capability);
+        SCOPED_TRACE(::testing::Message() << "clusters of " << max_cluster << ", " << num_routes
+                                          << " routes, " << num_experts << " experts");
+        const cuda::PlanPolicy policy = cuda::select_plan_policy(num_routes, num_experts, max_cluster);
         ASSERT_TRUE(policy.launches == 1 || policy.launches == 2);
         ASSERT_GE(policy.threads, 32);
         ASSERT_LE(policy.threads, kMaxThreads);
@@ -149,8 +149,7 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
         // 99 KiB is what a block may have on the smallest supported architectures (sm_86, sm_89, sm_120).
         ASSERT_LE(cuda::plan_smem_bytes(policy, num_routes, num_experts), std::size_t{99} * 1024);
         if (policy.launches == 1) {
-          // Clusters exist from Hopper on; 8 blocks is the portable size.
-          ASSERT_TRUE(policy.blocks == 1 || (compute_capability >= 90 && policy.blocks <= 8));
+          ASSERT_LE(policy.blocks, max_cluster);
           ASSERT_GE(static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds, num_routes);
         } else {
           ASSERT_LE(policy.blocks, cuda::kPlanMaxBlocks);
@@ -159,15 +158,17 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
 }
 
 TEST(PolicyPlan, BlocksOrderTheirRoutesWhereWordsWouldScatter) {
-  auto order = [](std::int64_t num_routes, std::int64_t num_experts, int compute_capability) {
-    return cuda::select_plan_policy(num_routes, num_experts, compute_capability).order;
+  auto order = [](std::int64_t num_routes, std::int64_t num_experts, int max_cluster) {
+    return cuda::select_plan_policy(num_routes, num_experts, max_cluster).order;
   };
-  EXPECT_EQ(order(512, 128, 90), 1) << "a single block";
-  EXPECT_EQ(order(8192, 128, 80), 1) << "a single block";
-  EXPECT_EQ(order(8192, 128, 90), 1);
-  EXPECT_EQ(order(8192, 256, 90), 1);
-  EXPECT_EQ(order(2048, 128, 90), 0) << "two routes an expert in each block";
-  EXPECT_EQ(order(8192, 8, 90), 0) << "a warp's routes share few experts";
+  EXPECT_EQ(order(512, 128, 16), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 1), 1) << "a single block";
+  EXPECT_EQ(order(8192, 128, 8), 1);
+  EXPECT_EQ(order(8192, 128, 16), 1);
+  EXPECT_EQ(order(8192, 256, 8), 1);
+  EXPECT_EQ(order(4096, 256, 16), 0) << "one route an expert in each block";
+  EXPECT_EQ(order(8192, 256, 16), 1);
+  EXPECT_EQ(order(8192, 8, 16), 0) << "a warp's routes share few experts";
 }
 
 TEST(PolicyRoute, LanesHoldEveryExpert) {
@@ -447,26 +448,25 @@ TEST(PolicyPlanQuantize, OneLaunchHoldsEveryRouteAndColumn) {
   for (std::int64_t num_tokens : {0, 1, 4, 5, 16, 64, 65, 512, 5000})
     for (std::int64_t num_experts : {1, 31, 128, 256, 1024, 2048})
       for (std::int64_t top_k : {1, 8, 16})
-        for (std::int64_t hidden : kWidths)
-          for (int compute_capability : {80, 90}) {
-            SCOPED_TRACE(::testing::Message()
-                         << "T=" << num_tokens << " E=" << num_experts << " K=" << top_k << " H=" << hidden);
-            const PlanQuantizeProblem p = plan_quantize_problem(num_tokens, top_k, num_experts, hidden);
-            const cuda::PlanQuantizePolicy policy = cuda::select_plan_quantize_policy(p, compute_capability);
-            if (!cuda::plan_quantize_refusal(policy, p).empty()) continue;
-            ++launches;
-            ASSERT_EQ(policy.plan.launches, 1);
-            ASSERT_EQ(policy.plan.blocks, 1);
-            ASSERT_LE(policy.plan.threads, kMaxThreads);
-            ASSERT_EQ(policy.plan.threads % 32, 0);
-            ASSERT_TRUE(policy.plan.tiny || policy.plan.threads >= num_tokens * top_k);
-            ASSERT_LE(cuda::plan_smem_bytes(policy.plan, num_tokens * top_k, num_experts),
-                      std::size_t{99} * 1024);
-            ASSERT_LE(1 + num_tokens, kMaxGridY);
-            const std::int64_t parts = cuda::token_parts(policy, p);
-            ASSERT_LE(parts, kMaxGridY);
-            ASSERT_GE(parts * policy.plan.threads * cuda::kUnit, (hidden + 127) / 128 * 128);
-          }
+        for (std::int64_t hidden : kWidths) {
+          SCOPED_TRACE(::testing::Message()
+                       << "T=" << num_tokens << " E=" << num_experts << " K=" << top_k << " H=" << hidden);
+          const PlanQuantizeProblem p = plan_quantize_problem(num_tokens, top_k, num_experts, hidden);
+          const cuda::PlanQuantizePolicy policy = cuda::select_plan_quantize_policy(p);
+          if (!cuda::plan_quantize_refusal(policy, p).empty()) continue;
+          ++launches;
+          ASSERT_EQ(policy.plan.launches, 1);
+          ASSERT_EQ(policy.plan.blocks, 1);
+          ASSERT_LE(policy.plan.threads, kMaxThreads);
+          ASSERT_EQ(policy.plan.threads % 32, 0);
+          ASSERT_TRUE(policy.plan.tiny || policy.plan.threads >= num_tokens * top_k);
+          ASSERT_LE(cuda::plan_smem_bytes(policy.plan, num_tokens * top_k, num_experts),
+                    std::size_t{99} * 1024);
+          ASSERT_LE(1 + num_tokens, kMaxGridY);
+          const std::int64_t parts = cuda::token_parts(policy, p);
+          ASSERT_LE(parts, kMaxGridY);
+          ASSERT_GE(parts * policy.plan.threads * cuda::kUnit, (hidden + 127) / 128 * 128);
+        }
   EXPECT_GT(launches, 0);
 }
 
@@ -474,7 +474,7 @@ TEST(PolicyPlanQuantize, TakesFewTokensInWholeUnits) {
   auto taken = [](auto&& change, std::int64_t num_tokens = 1) {
     PlanQuantizeProblem p = plan_quantize_problem(num_tokens, 8, 128, 2048);
     change(p);
-    return cuda::plan_quantize_refusal(cuda::select_plan_quantize_policy(p, 90), p).empty();
+    return cuda::plan_quantize_refusal(cuda::select_plan_quantize_policy(p), p).empty();
   };
   auto as_it_is = [](PlanQuantizeProblem&) {};
   EXPECT_TRUE(taken(as_it_is));
@@ -487,7 +487,7 @@ TEST(PolicyPlanQuantize, TakesFewTokensInWholeUnits) {
   EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.format = QuantFormat::fp8_token(); }));
   EXPECT_FALSE(taken([](PlanQuantizeProblem& p) { p.tokens.cols = p.tokens.padded_cols = 2044; }));
   const PlanQuantizeProblem p = plan_quantize_problem(1, 8, 128, 2048);
-  cuda::PlanQuantizePolicy apart = cuda::select_plan_quantize_policy(p, 90);
+  cuda::PlanQuantizePolicy apart = cuda::select_plan_quantize_policy(p);
   apart.fused = 0;
   EXPECT_FALSE(cuda::plan_quantize_refusal(apart, p).empty());
 }

@@ -14,6 +14,7 @@
 // kWidth elements are one 16-byte vector, or are accessed one by one: a single column, and 4 of e4m3, so that
 // the 128 columns of a scale stay within a warp in either case.
 
+#include <limits>
 #include <string>
 #include <type_traits>
 
@@ -146,6 +147,9 @@ __device__ __forceinline__ float scale_block(const FinalizeArgs& args, const flo
   return __frcp_rn(scale);
 }
 
+// The offset of no row. Others may be negative: rows in descending order lie below their base.
+constexpr std::int64_t kNoRow = std::numeric_limits<std::int64_t>::min();
+
 // Resident threads hide the latency of the rows: fewer rows in flight per thread leave registers for more
 // threads.
 template <int kSlots>
@@ -172,7 +176,7 @@ __global__ void __launch_bounds__(kFinalizeMaxThreads, kBlocksPerSm<kSlots>)
       for (int first = 0; first < args.top_k; first += 32) {
         Slot slot;
         if (first + lane < args.top_k) slot = load_slot<Out>(args, t, first + lane);
-        const std::int64_t offset = slot.row < 0 ? -1 : slot.row * args.rows_stride;
+        const std::int64_t offset = slot.row < 0 ? kNoRow : slot.row * args.rows_stride;
         const int slots = min(32, args.top_k - first);
         for (int k = 0; k < slots; k += kSlots) {
           Columns<Row, kWidth, kVectors> v[kSlots];
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(kFinalizeMaxThreads, kBlocksPerSm<kSlots>)
 #pragma unroll
           for (int i = 0; i < kSlots; ++i) {
             const std::int64_t from = __shfl_sync(dev::kWholeWarp, offset, k + i);
-            if (active && from >= 0) v[i].load(rows + from, n);
+            if (active && from != kNoRow) v[i].load(rows + from, n);
             w[i] = __shfl_sync(dev::kWholeWarp, slot.weight, k + i);
             if constexpr (kIsE4M3<Row>) {
               const std::int64_t row = __shfl_sync(dev::kWholeWarp, slot.row, k + i);

@@ -161,24 +161,24 @@ std::size_t workspace_bytes(const PlanPolicy& policy, std::int64_t num_experts) 
 }
 
 // The selected policy with the caller's changes.
-PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int compute_capability,
+PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int max_cluster,
                          std::string_view text, const ExecContext& ctx) {
-  PlanPolicy policy = select_plan_policy(num_routes, num_experts, compute_capability);
+  PlanPolicy policy = select_plan_policy(num_routes, num_experts, max_cluster);
   if (text.empty()) return policy;
   override_policy("plan", text,
                   {{"tiny", &policy.tiny, {0, policy.tiny}},
                    {"launches", &policy.launches, {1, 2}},
-                   {"blocks", &policy.blocks, {1, kPlanClusterBlocks, 16, 32, 64, 128}},
+                   {"blocks", &policy.blocks, {1, 2, 4, 8, 16, 32, 64, 128}},
                    {"threads", &policy.threads, {32, 64, 128, 256, 512, 1024}},
                    {"rounds", &policy.rounds, {1, 2, 4, 8}},
                    {"order", &policy.order, {0, 1}}});
   const std::int64_t held = static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds;
-  const bool one_cluster =
-      policy.blocks == 1 || (policy.blocks == kPlanClusterBlocks && compute_capability >= 90);
   const bool holds = policy.tiny ? policy.launches == 1 && policy.blocks == 1
                      : policy.launches == 1
-                         ? one_cluster && held >= num_routes && num_routes <= kPlanClusterMaxRoutes &&
-                               policy.threads * kMaxExpertsPerThread >= num_experts
+                         ? policy.blocks <= max_cluster && held >= num_routes &&
+                               num_routes <= kPlanClusters[0].max_routes &&
+                               policy.threads * kMaxExpertsPerThread >= num_experts &&
+                               plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem
                          : policy.threads == kPlanTileThreads && policy.rounds == kPlanTileRounds;
   if (!holds || ctx.workspace.size() < workspace_bytes(policy, num_experts))
     throw InvalidArgument(
@@ -193,7 +193,7 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
 }  // namespace
 
 std::size_t plan_workspace_bytes(std::int64_t num_routes, std::int64_t num_experts) {
-  constexpr int kWithoutClusters = 80;  // what every device can run
+  constexpr int kWithoutClusters = 1;  // what every device can run
   return workspace_bytes(select_plan_policy(num_routes, num_experts, kWithoutClusters), num_experts);
 }
 
@@ -205,7 +205,7 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
                           .sms = device.num_sms,
                           .capability = device.compute_capability};
   const PlanPolicy policy = tuned("plan", sizes, ctx, [&](std::string_view text) {
-    return choose_policy(num_routes, p.num_experts, device.compute_capability, text, ctx);
+    return choose_policy(num_routes, p.num_experts, device.max_cluster, text, ctx);
   });
   if (explained(ctx, "plan", [&] { return describe(policy); })) return;
 

@@ -248,8 +248,8 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   auto* offsets = reinterpret_cast<std::int32_t*>(smem + 34);
   // The counts of every block of a cluster, each of which sends its own to all.
   auto* block_counts = offsets + args.num_experts;
-  auto* row_order = reinterpret_cast<std::uint32_t*>(
-      block_counts + (num_blocks > 1 ? kPlanClusterBlocks * args.num_experts : 0));
+  auto* row_order =
+      reinterpret_cast<std::uint32_t*>(block_counts + (num_blocks > 1 ? num_blocks * args.num_experts : 0));
   auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (args.order ? share : 0));
   if (num_blocks > 1) {
     if (threadIdx.x == 0) dev::init_words(all_sent);
@@ -264,7 +264,7 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   tile.load(args, share_begin, share_end);
   __syncthreads();
   if (num_blocks > 1 && threadIdx.x == 0)
-    dev::expect_words(all_sent, kPlanClusterBlocks * args.num_experts * static_cast<int>(sizeof(int)));
+    dev::expect_words(all_sent, static_cast<int>(num_blocks * args.num_experts * sizeof(int)));
   if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
   __syncthreads();
   const ExpertRange range(args);
@@ -274,8 +274,8 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
     offsets[e] = count;
     if (num_blocks > 1) {
 #pragma unroll
-      for (unsigned b = 0; b < kPlanClusterBlocks; ++b)
-        dev::send_word(block_counts + self * args.num_experts + e, count, all_sent, b);
+      for (unsigned b = 0; b < kPlanMaxClusterBlocks; ++b)
+        if (b < num_blocks) dev::send_word(block_counts + self * args.num_experts + e, count, all_sent, b);
     }
   }
   // Phase 2: offsets of the experts, then of this block's part of each.
@@ -301,8 +301,8 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
       if (e >= range.end) break;
       int total = 0;
 #pragma unroll
-      for (unsigned b = 0; b < kPlanClusterBlocks; ++b) {
-        const int count = block_counts[b * args.num_experts + e];
+      for (unsigned b = 0; b < kPlanMaxClusterBlocks; ++b) {
+        const int count = b < num_blocks ? block_counts[b * args.num_experts + e] : 0;
         total += count;
         before[i] += b < self ? count : 0;
       }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "ops/plan.h"
 
@@ -12,7 +13,7 @@ namespace moecore::cuda {
 struct PlanPolicy {
   int tiny = 0;      // 1: at most kPlanTinyMaxRoutes, every thread compares its expert with all of them
   int launches = 1;  // 1: one cluster does everything; 2: blocks count their share, a second launch places it
-  int blocks = 1;    // one launch: 1 or kPlanClusterBlocks
+  int blocks = 1;    // one launch: 1, or those of a cluster, up to kPlanMaxClusterBlocks
   int threads = 1024;
   int rounds = 1;  // routes that a thread ranks at a time: 1, 2, 4 or 8
   int order = 0;   // one launch: 1: a block orders its routes before it writes their rows
@@ -27,18 +28,27 @@ inline constexpr int kPlanTileThreads = 512;
 inline constexpr int kPlanTileRounds = 2;
 inline constexpr std::int64_t kPlanTile = kPlanTileThreads * kPlanTileRounds;
 
-// The one-launch form. One SM, or a cluster of the portable size, stays ahead of a second launch up to this
-// many routes, and every architecture has this much shared memory. A cluster pays from kPlanClusterMinRoutes.
-inline constexpr int kPlanClusterBlocks = 8;
-inline constexpr std::int64_t kPlanSingleMaxRoutes = 8192;
-inline constexpr std::int64_t kPlanClusterMinRoutes = 1024;
-inline constexpr std::int64_t kPlanClusterMaxRoutes = 8192;
+// The one-launch form, and the shared memory that every architecture has for it: the first row that holds the
+// problem. More blocks rank their routes sooner, and each has every expert's count to send and to add up. 16
+// are beyond the portable size, and not every device has a place for them. On an H200, us:
+//   routes x experts    512 x 128   512 x 256   2048 x 128   2048 x 256   8192 x 128   8192 x 256   32768 x
+//   128 1 block             2.8         2.9         4.4          4.6          10.2         11.0 4
+//   2.5         2.6         3.6          3.9          5.6          6.2          12.2 8                   2.5
+//   2.7         3.0          3.3          4.5          5.0          8.2 16                  2.6         3.1
+//   2.9          3.4          4.0          4.8          6.0 two launches 8.1
+struct PlanCluster {
+  int blocks;
+  std::int64_t min_routes, min_routes_per_expert, max_routes;
+};
+inline constexpr PlanCluster kPlanClusters[] = {
+    {16, 2048, 16, 32768}, {8, 384, 4, 8192}, {4, 384, 0, 8192}, {1, 0, 0, 8192}};
+inline constexpr int kPlanMaxClusterBlocks = 16;
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
 /// Routes of an expert in a block of a cluster from which ordering them pays, where experts are many: then
 /// most of a sector of 32 bytes is written at once. Unordered, 8192 routes took 6.0 us on an H200 over 128
-/// experts, and 4.3 over 8, which a warp's routes share.
-inline constexpr std::int64_t kPlanOrderedRun = 4, kPlanOrderedMinExperts = 32;
+/// experts in 8 blocks, and 4.3 over 8, which a warp's routes share.
+inline constexpr std::int64_t kPlanOrderedRun = 2, kPlanOrderedMinExperts = 32;
 
 constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
   return std::clamp<std::int64_t>((num_routes + kPlanTile - 1) / kPlanTile, 1, kPlanMaxBlocks);
@@ -57,23 +67,35 @@ constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num
   return static_cast<std::size_t>(34 * 8 + num_experts * 4 + block_counts + counts + row_order);
 }
 
-inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_experts,
-                                     int compute_capability) {
-  const std::int64_t expert_threads = std::min<std::int64_t>((num_experts + 31) / 32 * 32, 1024);
-  if (num_routes <= kPlanTinyMaxRoutes) return {1, 1, 1, static_cast<int>(expert_threads), 1};
-  const bool clusters = compute_capability >= 90 && num_routes >= kPlanClusterMinRoutes;
-  const int blocks = clusters ? kPlanClusterBlocks : 1;
-  if (num_routes <= (clusters ? kPlanClusterMaxRoutes : kPlanSingleMaxRoutes)) {
+/// Threads of a block for so many experts, at most kMaxExpertsPerThread for each.
+constexpr int plan_expert_threads(std::int64_t num_experts) {
+  return static_cast<int>(std::min<std::int64_t>((num_experts + 31) / 32 * 32, 1024));
+}
+
+/// One block that ranks all routes in one round, for launches of which plan is a part.
+constexpr PlanPolicy one_round_plan_policy(std::int64_t num_routes, int threads) {
+  return {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 1};
+}
+
+/// `max_cluster`: the most blocks that a cluster has on the device; 1 where there are none.
+inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_experts, int max_cluster) {
+  const std::int64_t expert_threads = plan_expert_threads(num_experts);
+  if (num_routes <= kPlanTinyMaxRoutes)
+    return one_round_plan_policy(num_routes, static_cast<int>(expert_threads));
+  for (const auto& [blocks, min_routes, min_routes_per_expert, max_routes] : kPlanClusters) {
+    if (blocks > max_cluster || num_routes < std::max(min_routes, min_routes_per_expert * num_experts) ||
+        num_routes > max_routes)
+      continue;
     // As few warps as hold the routes in few rounds, since counts are summed over the warps; a thread for
     // every expert.
     const std::int64_t share = (num_routes + blocks - 1) / blocks;
     const int order =
-        !clusters || (share >= kPlanOrderedRun * num_experts && num_experts >= kPlanOrderedMinExperts);
-    for (int rounds : {1, 2, 4, 8}) {
+        blocks == 1 || (share >= kPlanOrderedRun * num_experts && num_experts >= kPlanOrderedMinExperts);
+    for (const auto [rounds, most_threads] : {std::pair{1, 256}, {2, 256}, {4, 512}, {8, 1024}}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
       const PlanPolicy policy{0,      1,    blocks, static_cast<int>(std::max(route_threads, expert_threads)),
                               rounds, order};
-      if (route_threads <= (rounds == 8 ? 1024 : 512) &&
+      if (route_threads <= most_threads &&
           plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem)
         return policy;
     }

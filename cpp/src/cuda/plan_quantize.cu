@@ -59,7 +59,7 @@ std::string plan_quantize(const PlanQuantizeProblem& p, const ExecContext& ctx) 
                           .sms = device.num_sms,
                           .capability = device.compute_capability};
   const PlanQuantizePolicy policy = tuned("plan_quantize", sizes, ctx, [&](std::string_view text) {
-    PlanQuantizePolicy chosen = select_plan_quantize_policy(p, device.compute_capability);
+    PlanQuantizePolicy chosen = select_plan_quantize_policy(p);
     override_policy("plan_quantize", text, {{"fused", &chosen.fused, {0, 1}}});
     return chosen;
   });

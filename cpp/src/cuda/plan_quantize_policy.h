@@ -1,6 +1,7 @@
 #pragma once
 // When plan and the tokens' quantize share a launch, as a function of the problem's sizes and the device's.
 
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 
@@ -19,9 +20,11 @@ struct PlanQuantizePolicy {
 /// tokens: with many, plan spreads over a cluster or over two launches.
 inline constexpr std::int64_t kPlanQuantizeMaxRoutes = 512;
 
-inline PlanQuantizePolicy select_plan_quantize_policy(const PlanQuantizeProblem& p, int compute_capability) {
-  return {.plan =
-              select_plan_policy(p.plan.num_tokens * p.plan.top_k, p.plan.num_experts, compute_capability)};
+inline PlanQuantizePolicy select_plan_quantize_policy(const PlanQuantizeProblem& p) {
+  const std::int64_t num_routes = p.plan.num_tokens * p.plan.top_k;
+  const auto route_threads = static_cast<int>(std::min<std::int64_t>((num_routes + 31) / 32 * 32, 1024));
+  return {.plan = one_round_plan_policy(num_routes,
+                                        std::max(route_threads, plan_expert_threads(p.plan.num_experts)))};
 }
 
 /// Blocks for each token, as wide as plan's block.
@@ -36,8 +39,7 @@ inline std::string_view plan_quantize_refusal(const PlanQuantizePolicy& policy,
   const QuantFormat& f = p.tokens.format;
   if (!policy.fused) return "the policy says fused=0";
   if (p.plan.num_tokens == 0) return "there are no tokens";
-  if (p.plan.num_tokens * p.plan.top_k > kPlanQuantizeMaxRoutes || policy.plan.launches != 1 ||
-      policy.plan.blocks != 1 || policy.plan.rounds != 1)
+  if (p.plan.num_tokens * p.plan.top_k > kPlanQuantizeMaxRoutes)
     return "one block does not plan so many routes in one round";
   if (f.kind != QuantKind::kFp8 || f.granularity != Granularity::kBlock128 || p.tokens.dtype != DType::kBF16)
     return "it quantises bf16 to fp8_block128";

@@ -1,5 +1,4 @@
-// route_plan: for few tokens one launch of one block, or of one cluster, that routes and plans; else route,
-// then plan.
+// route_plan: for few tokens one launch of one block that routes and plans; else route, then plan.
 //
 // A warp routes a token. The routes of a block's tokens are its share of the plan, so a barrier of the block
 // is all that stands between the two halves.

@@ -26,12 +26,9 @@ inline RoutePlanPolicy fused_route_plan_policy(const RoutePlanProblem& p) {
   if (route.form != RouteForm::kPacked || route.per_lane > 8 || num_tokens == 0 ||
       num_tokens > kRoutePlanMaxTokens)
     return {};
-  const std::int64_t expert_threads = (p.plan.num_experts + 31) / 32 * 32;
-  const auto threads =
-      static_cast<int>(std::clamp<std::int64_t>(expert_threads, 32 * num_tokens, kRoutePlanMaxThreads));
-  return {.fused = 1,
-          .per_lane = route.per_lane,
-          .plan = {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 1}};
+  const auto threads = static_cast<int>(std::clamp<std::int64_t>(plan_expert_threads(p.plan.num_experts),
+                                                                 32 * num_tokens, kRoutePlanMaxThreads));
+  return {.fused = 1, .per_lane = route.per_lane, .plan = one_round_plan_policy(num_routes, threads)};
 }
 
 inline RoutePlanPolicy select_route_plan_policy(const RoutePlanProblem& p) {

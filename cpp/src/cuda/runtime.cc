@@ -1,5 +1,6 @@
 #include "cuda/runtime.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,20 @@ int attribute(const char* op, cudaDeviceAttr attr, int index) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attr, index), op, "reading a device attribute");
   return value;
+}
+
+/// Blocks of the largest cluster that the current device has a place for: 8 is portable, GPCs with fewer SMs
+/// and slices of a GPU may have less, most Hoppers have room for 16.
+int largest_cluster(const char* op, const void* kernel) {
+  constexpr int kMost = 16;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), op,
+        "allowing clusters beyond the portable size");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMost);
+  config.blockDim = dim3(1024);
+  int blocks = 0;
+  check(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config), op, "reading the cluster size");
+  return std::clamp(blocks, 1, kMost);
 }
 
 std::unique_ptr<DeviceInfo> read_device(const char* op, int index) {
@@ -53,6 +68,7 @@ std::unique_ptr<DeviceInfo> read_device(const char* op, int index) {
                        ", this build was compiled for " MOECORE_CUDA_ARCHS " (" + cudaGetErrorString(status) +
                        ")");
   }
+  if (device->compute_capability >= 90) device->max_cluster = largest_cluster(op, probe_kernel());
   return device;
 }
 
@@ -88,22 +104,47 @@ DeviceGuard::~DeviceGuard() {
 
 namespace {
 
+/// The kernels whose limit of some kind has been raised, each once on a device.
+class Raised {
+ public:
+  template <class Raise>
+  void once(const DeviceInfo& device, const void* kernel, Raise&& raise) {
+    const std::lock_guard lock(mutex_);
+    if (kernels_.contains({device.index, kernel})) return;
+    raise();
+    kernels_.emplace(device.index, kernel);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<std::pair<int, const void*>> kernels_;
+};
+
 /// Lets a kernel have `bytes` of dynamic shared memory. Its limit goes to all that the device gives a block
 /// and stays there: it is one for all threads, and lowering it would take it from another one's launch.
 void admit_smem(const char* op, const DeviceInfo& device, const void* kernel, std::size_t bytes) {
   // Without opt-in a kernel gets 48 KiB, of which its static arrays take their part.
   constexpr std::size_t kSafeSmem = 32 * 1024;
+  static Raised raised;
   if (bytes <= kSafeSmem) return;
-  static std::mutex mutex;
-  static std::set<std::pair<int, const void*>> raised;
-  const std::lock_guard lock(mutex);
-  if (raised.contains({device.index, kernel})) return;
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), op, "reading the attributes of the kernel");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(device.smem_per_block - attributes.sharedSizeBytes)),
-        op, "raising the shared memory limit");
-  raised.emplace(device.index, kernel);
+  raised.once(device, kernel, [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), op, "reading the attributes of the kernel");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(device.smem_per_block - attributes.sharedSizeBytes)),
+          op, "raising the shared memory limit");
+  });
+}
+
+/// Lets a kernel have clusters of `blocks`.
+void admit_cluster(const char* op, const DeviceInfo& device, const void* kernel, unsigned blocks) {
+  constexpr unsigned kPortable = 8;
+  static Raised raised;
+  if (blocks <= kPortable) return;
+  raised.once(device, kernel, [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), op,
+          "allowing clusters beyond the portable size");
+  });
 }
 
 }  // namespace
@@ -117,7 +158,9 @@ void launch_kernel(const char* op, const DeviceInfo& device, const LaunchConfig&
     attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[num_attributes++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (config.cluster.x * config.cluster.y * config.cluster.z > 1) {
+  const unsigned cluster = config.cluster.x * config.cluster.y * config.cluster.z;
+  admit_cluster(op, device, kernel, cluster);
+  if (cluster > 1) {
     attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
     attributes[num_attributes].val.clusterDim.x = config.cluster.x;
     attributes[num_attributes].val.clusterDim.y = config.cluster.y;

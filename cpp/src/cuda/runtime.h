@@ -29,6 +29,7 @@ struct DeviceInfo {
   std::size_t l2_bytes = 0;
   std::size_t smem_per_block = 0;  // with opt-in
   std::size_t smem_per_sm = 0;
+  int max_cluster = 1;  // the most blocks of a cluster, of one block an SM; 1: there are no clusters
 };
 
 /// The device of the call. Throws BackendError when it does not exist or the build holds no code for it.
