@@ -161,7 +161,7 @@ TEST(PolicyPlan, BlocksOrderTheirRoutesWhereWordsWouldScatter) {
   auto order = [](std::int64_t num_routes, std::int64_t num_experts, int max_cluster) {
     return cuda::select_plan_policy(num_routes, num_experts, max_cluster).order;
   };
-  EXPECT_EQ(order(512, 128, 16), 1) << "a single block";
+  EXPECT_EQ(order(256, 128, 16), 1) << "a single block";
   EXPECT_EQ(order(8192, 128, 1), 1) << "a single block";
   EXPECT_EQ(order(8192, 128, 8), 1);
   EXPECT_EQ(order(8192, 128, 16), 1);

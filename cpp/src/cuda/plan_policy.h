@@ -91,7 +91,7 @@ inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_e
     const std::int64_t share = (num_routes + blocks - 1) / blocks;
     const int order =
         blocks == 1 || (share >= kPlanOrderedRun * num_experts && num_experts >= kPlanOrderedMinExperts);
-    for (const auto [rounds, most_threads] : {std::pair{1, 256}, {2, 256}, {4, 512}, {8, 1024}}) {
+    for (const auto& [rounds, most_threads] : {std::pair{1, 256}, {2, 256}, {4, 512}, {8, 1024}}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
       const PlanPolicy policy{0,      1,    blocks, static_cast<int>(std::max(route_threads, expert_threads)),
                               rounds, order};
