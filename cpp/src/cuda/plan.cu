@@ -8,9 +8,9 @@
 //
 //   tiny          up to 32 routes: neither counts nor barriers. Every warp holds all routes, a lane each, and
 //                 a thread compares its expert with them.
-//   one launch    one block, or one cluster whose blocks read each other's counts. A single block, and one of
-//                 a cluster with several routes an expert, orders its routes in shared memory before it
-//                 writes their rows, because an SM is slow to scatter words.
+//   one launch    one block, or one cluster whose blocks send each other their counts. A block with many
+//                 routes orders them in shared memory before it writes their rows, because an SM is slow to
+//                 scatter words.
 //   two launches  plan_count_kernel leaves counts[block][expert] of every block's contiguous share of the
 //                 routes; plan_place_kernel sums those of the blocks before it, then ranks tile by tile.
 

@@ -30,25 +30,30 @@ inline constexpr std::int64_t kPlanTile = kPlanTileThreads * kPlanTileRounds;
 
 // The one-launch form, and the shared memory that every architecture has for it: the first row that holds the
 // problem. More blocks rank their routes sooner, and each has every expert's count to send and to add up. 16
-// are beyond the portable size, and not every device has a place for them. On an H200, us:
-//   routes x experts    512 x 128   512 x 256   2048 x 128   2048 x 256   8192 x 128   8192 x 256   32768 x
-//   128 1 block             2.8         2.9         4.4          4.6          10.2         11.0 4
-//   2.5         2.6         3.6          3.9          5.6          6.2          12.2 8                   2.5
-//   2.7         3.0          3.3          4.5          5.0          8.2 16                  2.6         3.1
-//   2.9          3.4          4.0          4.8          6.0 two launches 8.1
+// are beyond the portable size, and not every device has a place for them. On an H200, us, and where two
+// launches take over:
+//   routes    512         2048        8192               16384              32768
+//   experts   128   256   128   256   128    256   512   128    256    8      128    256    8     512
+//   1 block   2.8   2.9   4.3   4.6   10.2   11.0
+//   4         2.5   2.6   3.7   3.9   5.6    6.2   6.8   8.1    8.8    7.4    12.2   13.5   10.9
+//   8         2.5   2.7   3.0   3.3   4.5    5.0   5.9   5.7    6.3    5.1    8.2    8.9    7.4   10.1
+//   16        2.6   3.1   2.9   3.4   4.0    4.8   6.3   4.7    5.6    4.3    6.0    6.9    5.3   9.0
+//   two                                                  7.4    8.4    5.4    8.1    7.4    5.6   8.2
 struct PlanCluster {
   int blocks;
-  std::int64_t min_routes, min_routes_per_expert, max_routes;
+  std::int64_t min_routes, min_routes_per_expert, max_routes, max_experts;
 };
 inline constexpr PlanCluster kPlanClusters[] = {
-    {16, 2048, 16, 32768}, {8, 384, 4, 8192}, {4, 384, 0, 8192}, {1, 0, 0, 8192}};
+    {16, 2048, 16, 32768, 256}, {8, 257, 4, 8192, 2048}, {4, 257, 0, 8192, 2048}, {1, 0, 0, 8192, 2048}};
 inline constexpr int kPlanMaxClusterBlocks = 16;
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
-/// Routes of an expert in a block of a cluster from which ordering them pays, where experts are many: then
-/// most of a sector of 32 bytes is written at once. Unordered, 8192 routes took 6.0 us on an H200 over 128
-/// experts in 8 blocks, and 4.3 over 8, which a warp's routes share.
-inline constexpr std::int64_t kPlanOrderedRun = 2, kPlanOrderedMinExperts = 32;
+/// Routes of a block from which it pays to order them before their rows are written: an SM is slow to scatter
+/// words. Few experts scatter less. 8192 routes over 256 experts in 16 blocks, 512 each: 4.8 us instead of
+/// 5.3; 2048 over 128, 128 each: 3.0 instead of 2.9; 32768 over 8: 5.3 instead of 6.0.
+constexpr std::int64_t plan_ordered_routes(std::int64_t num_experts) {
+  return num_experts >= 32 ? 512 : 1024;
+}
 
 constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
   return std::clamp<std::int64_t>((num_routes + kPlanTile - 1) / kPlanTile, 1, kPlanMaxBlocks);
@@ -74,7 +79,7 @@ constexpr int plan_expert_threads(std::int64_t num_experts) {
 
 /// One block that ranks all routes in one round, for launches of which plan is a part.
 constexpr PlanPolicy one_round_plan_policy(std::int64_t num_routes, int threads) {
-  return {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 1};
+  return {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 0};
 }
 
 /// `max_cluster`: the most blocks that a cluster has on the device; 1 where there are none.
@@ -82,19 +87,19 @@ inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_e
   const std::int64_t expert_threads = plan_expert_threads(num_experts);
   if (num_routes <= kPlanTinyMaxRoutes)
     return one_round_plan_policy(num_routes, static_cast<int>(expert_threads));
-  for (const auto& [blocks, min_routes, min_routes_per_expert, max_routes] : kPlanClusters) {
-    if (blocks > max_cluster || num_routes < std::max(min_routes, min_routes_per_expert * num_experts) ||
-        num_routes > max_routes)
+  for (const PlanCluster& c : kPlanClusters) {
+    if (c.blocks > max_cluster ||
+        num_routes < std::max(c.min_routes, c.min_routes_per_expert * num_experts) ||
+        num_routes > c.max_routes || num_experts > c.max_experts)
       continue;
     // As few warps as hold the routes in few rounds, since counts are summed over the warps; a thread for
     // every expert.
-    const std::int64_t share = (num_routes + blocks - 1) / blocks;
-    const int order =
-        blocks == 1 || (share >= kPlanOrderedRun * num_experts && num_experts >= kPlanOrderedMinExperts);
+    const std::int64_t share = (num_routes + c.blocks - 1) / c.blocks;
+    const int order = share >= plan_ordered_routes(num_experts);
     for (const auto& [rounds, most_threads] : {std::pair{1, 256}, {2, 256}, {4, 512}, {8, 1024}}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
-      const PlanPolicy policy{0,      1,    blocks, static_cast<int>(std::max(route_threads, expert_threads)),
-                              rounds, order};
+      const auto threads = static_cast<int>(std::max(route_threads, expert_threads));
+      const PlanPolicy policy{0, 1, c.blocks, threads, rounds, order};
       if (route_threads <= most_threads &&
           plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem)
         return policy;
