@@ -163,12 +163,11 @@ TEST(PolicyPlan, ClustersGrowWithTheRoutesAndShrinkWithTheDevice) {
     return policy.launches == 1 ? policy.blocks : 0;
   };
   EXPECT_EQ(blocks(256, 128, 16), 1);
-  EXPECT_EQ(blocks(512, 256, 16), 4);
-  EXPECT_EQ(blocks(512, 128, 16), 8);
-  EXPECT_EQ(blocks(2048, 256, 16), 8);
-  EXPECT_EQ(blocks(2048, 128, 16), 16);
+  EXPECT_EQ(blocks(512, 128, 16), 4);
+  EXPECT_EQ(blocks(1024, 128, 16), 8);
+  EXPECT_EQ(blocks(4096, 128, 16), 16);
+  EXPECT_EQ(blocks(4096, 256, 16), 8) << "16 times 256 counts to send and add up";
   EXPECT_EQ(blocks(8192, 128, 8), 8) << "a device without room for 16";
-  EXPECT_EQ(blocks(8192, 512, 16), 8) << "16 times 512 counts to send and add up";
   EXPECT_EQ(blocks(8192, 128, 1), 1) << "no clusters";
   EXPECT_EQ(blocks(32768, 128, 16), 16);
   EXPECT_EQ(blocks(32768, 128, 8), 0) << "two launches";
@@ -179,11 +178,11 @@ TEST(PolicyPlan, BlocksOrderTheirRoutesWhereWordsWouldScatter) {
   auto order = [](std::int64_t num_routes, std::int64_t num_experts, int max_cluster) {
     return cuda::select_plan_policy(num_routes, num_experts, max_cluster).order;
   };
-  EXPECT_EQ(order(256, 128, 16), 0) << "few";
+  EXPECT_EQ(order(256, 128, 16), 0) << "few, in one block";
   EXPECT_EQ(order(8192, 128, 1), 1) << "a single block";
   EXPECT_EQ(order(8192, 128, 8), 1);
   EXPECT_EQ(order(8192, 256, 16), 1);
-  EXPECT_EQ(order(2048, 128, 16), 0) << "128 routes in each block";
+  EXPECT_EQ(order(1024, 128, 16), 0) << "128 routes in each block";
   EXPECT_EQ(order(8192, 8, 16), 0) << "a warp's routes share few experts";
   EXPECT_EQ(order(32768, 8, 16), 1);
 }

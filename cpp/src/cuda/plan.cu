@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kPlanMaxThreads) plan_tiny_kernel(const PlanAr
   plan_tiny(args);
 }
 
-template <int kRounds>
+template <int kRounds, int kBlocks>
 __global__ void __launch_bounds__(kPlanMaxThreads) plan_single_kernel(const PlanArgs args) {
   extern __shared__ std::uint64_t smem[];
-  plan_single<kRounds>(args, smem, [] {
+  plan_single<kRounds, kBlocks>(args, smem, [] {
     dev::wait_for_predecessor();
     dev::release_successor();
   });
@@ -136,16 +136,29 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
   clear_rows(args, num_rows);
 }
 
+template <int kBlocks>
 auto select_single_kernel(int rounds) {
   switch (rounds) {
     case 1:
-      return plan_single_kernel<1>;
+      return plan_single_kernel<1, kBlocks>;
     case 2:
-      return plan_single_kernel<2>;
+      return plan_single_kernel<2, kBlocks>;
     case 4:
-      return plan_single_kernel<4>;
+      return plan_single_kernel<4, kBlocks>;
     default:
-      return plan_single_kernel<8>;
+      return plan_single_kernel<8, kBlocks>;
+  }
+}
+auto select_single_kernel(int blocks, int rounds) {
+  switch (blocks) {
+    case 1:
+      return select_single_kernel<1>(rounds);
+    case 4:
+      return select_single_kernel<4>(rounds);
+    case 8:
+      return select_single_kernel<8>(rounds);
+    default:
+      return select_single_kernel<16>(rounds);
   }
 }
 
@@ -168,7 +181,7 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
   override_policy("plan", text,
                   {{"tiny", &policy.tiny, {0, policy.tiny}},
                    {"launches", &policy.launches, {1, 2}},
-                   {"blocks", &policy.blocks, {1, 2, 4, 8, 16, 32, 64, 128}},
+                   {"blocks", &policy.blocks, {1, 4, 8, 16, 32, 64, 128}},
                    {"threads", &policy.threads, {32, 64, 128, 256, 512, 1024}},
                    {"rounds", &policy.rounds, {1, 2, 4, 8}},
                    {"order", &policy.order, {0, 1}}});
@@ -223,7 +236,7 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
   }
   if (policy.launches == 1) {
     config.cluster = dim3(policy.blocks);
-    launch("plan", device, config, select_single_kernel(policy.rounds), args);
+    launch("plan", device, config, select_single_kernel(policy.blocks, policy.rounds), args);
     return;
   }
   launch("plan", device, config, plan_count_kernel, args);

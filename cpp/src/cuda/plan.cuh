@@ -234,11 +234,11 @@ __device__ __forceinline__ void plan_tiny(const PlanArgs& args) {
   }
 }
 
-/// The plan by one block or one cluster. `smem` has plan_smem_bytes(); `ready` is called when its counters
-/// are zeroed, and makes the ids of the block's share of the routes visible to it.
-template <int kRounds, class Ready>
+/// The plan by one block or one cluster of kBlocks. `smem` has plan_smem_bytes(); `ready` is called when its
+/// counters are zeroed, and makes the ids of the block's share of the routes visible to it.
+template <int kRounds, int kBlocks, class Ready>
 __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t* smem, Ready&& ready) {
-  const unsigned num_blocks = gridDim.x, self = blockIdx.x;  // of the one cluster
+  const unsigned self = kBlocks > 1 ? blockIdx.x : 0;
   const unsigned share = args.routes_per_block;
   const unsigned share_begin = self * share, share_end = min(share_begin + share, args.num_routes);
   const int num_warps = static_cast<int>((share + 32 * kRounds - 1) / (32 * kRounds));  // that own routes
@@ -249,9 +249,9 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   // The counts of every block of a cluster, each of which sends its own to all.
   auto* block_counts = offsets + args.num_experts;
   auto* row_order =
-      reinterpret_cast<std::uint32_t*>(block_counts + (num_blocks > 1 ? num_blocks * args.num_experts : 0));
+      reinterpret_cast<std::uint32_t*>(block_counts + (kBlocks > 1 ? kBlocks * args.num_experts : 0));
   auto* counts = reinterpret_cast<std::uint16_t*>(row_order + (args.order ? share : 0));
-  if (num_blocks > 1) {
+  if constexpr (kBlocks > 1) {
     if (threadIdx.x == 0) dev::init_words(all_sent);
     __syncwarp();
     dev::cluster_arrive_relaxed();
@@ -263,26 +263,26 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   Tile<kRounds> tile;
   tile.load(args, share_begin, share_end);
   __syncthreads();
-  if (num_blocks > 1 && threadIdx.x == 0)
-    dev::expect_words(all_sent, static_cast<int>(num_blocks * args.num_experts * sizeof(int)));
+  if (kBlocks > 1 && threadIdx.x == 0)
+    dev::expect_words(all_sent, static_cast<int>(kBlocks * args.num_experts * sizeof(int)));
   if (warp < num_warps) tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
   __syncthreads();
   const ExpertRange range(args);
-  if (num_blocks > 1) dev::cluster_wait();
+  if constexpr (kBlocks > 1) dev::cluster_wait();
   for (int e = range.begin; e < range.end; ++e) {
     const int count = sum_over_warps(counts, num_warps, args.num_experts, e);
     offsets[e] = count;
-    if (num_blocks > 1) {
+    if constexpr (kBlocks > 1) {
 #pragma unroll
-      for (unsigned b = 0; b < kPlanMaxClusterBlocks; ++b)
-        if (b < num_blocks) dev::send_word(block_counts + self * args.num_experts + e, count, all_sent, b);
+      for (unsigned b = 0; b < kBlocks; ++b)
+        dev::send_word(block_counts + self * args.num_experts + e, count, all_sent, b);
     }
   }
   // Phase 2: offsets of the experts, then of this block's part of each.
   int before[kMaxExpertsPerThread] = {};
   unsigned first[kMaxExpertsPerThread] = {};  // cluster: of the expert's routes in the block's own order
   unsigned num_live = 0;                      // routes of the block that have a row
-  if (num_blocks > 1) {
+  if constexpr (kBlocks > 1) {
     if (args.order) {  // while the counts are on their way
       unsigned own = 0;
 #pragma unroll
@@ -301,8 +301,8 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
       if (e >= range.end) break;
       int total = 0;
 #pragma unroll
-      for (unsigned b = 0; b < kPlanMaxClusterBlocks; ++b) {
-        const int count = b < num_blocks ? block_counts[b * args.num_experts + e] : 0;
+      for (unsigned b = 0; b < kBlocks; ++b) {
+        const int count = block_counts[b * args.num_experts + e];
         total += count;
         before[i] += b < self ? count : 0;
       }
@@ -313,12 +313,12 @@ __device__ __forceinline__ void plan_single(const PlanArgs& args, std::uint64_t*
   // Below the first row of the block's routes of an expert stands, 16 bits higher, where they are in its
   // order.
   constexpr unsigned kHalf = 16;
-  if (num_blocks == 1) num_live = static_cast<unsigned>(num_rows);
+  if constexpr (kBlocks == 1) num_live = static_cast<unsigned>(num_rows);
 #pragma unroll
   for (int i = 0; i < kMaxExpertsPerThread; ++i) {
     if (range.begin + i >= range.end) break;
     const auto row = static_cast<unsigned>(offsets[range.begin + i] + before[i]);
-    offsets[range.begin + i] = static_cast<std::int32_t>(row | (num_blocks == 1 ? row : first[i]) << kHalf);
+    offsets[range.begin + i] = static_cast<std::int32_t>(row | (kBlocks == 1 ? row : first[i]) << kHalf);
   }
   __syncthreads();
   // Phase 3: rows of slots, routes of rows.

@@ -13,7 +13,7 @@ namespace moecore::cuda {
 struct PlanPolicy {
   int tiny = 0;      // 1: at most kPlanTinyMaxRoutes, every thread compares its expert with all of them
   int launches = 1;  // 1: one cluster does everything; 2: blocks count their share, a second launch places it
-  int blocks = 1;    // one launch: 1, or those of a cluster, up to kPlanMaxClusterBlocks
+  int blocks = 1;    // one launch: 1, or those of a cluster: 4, 8 or 16
   int threads = 1024;
   int rounds = 1;  // routes that a thread ranks at a time: 1, 2, 4 or 8
   int order = 0;   // one launch: 1: a block orders its routes before it writes their rows
@@ -32,27 +32,26 @@ inline constexpr std::int64_t kPlanTile = kPlanTileThreads * kPlanTileRounds;
 // problem. More blocks rank their routes sooner, and each has every expert's count to send and to add up. 16
 // are beyond the portable size, and not every device has a place for them. On an H200, us, and where two
 // launches take over:
-//   routes    512         2048        8192               16384              32768
-//   experts   128   256   128   256   128    256   512   128    256    8      128    256    8     512
-//   1 block   2.8   2.9   4.3   4.6   10.2   11.0
-//   4         2.5   2.6   3.7   3.9   5.6    6.2   6.8   8.1    8.8    7.4    12.2   13.5   10.9
-//   8         2.5   2.7   3.0   3.3   4.5    5.0   5.9   5.7    6.3    5.1    8.2    8.9    7.4   10.1
-//   16        2.6   3.1   2.9   3.4   4.0    4.8   6.3   4.7    5.6    4.3    6.0    6.9    5.3   9.0
-//   two                                                  7.4    8.4    5.4    8.1    7.4    5.6   8.2
+//   routes x experts    512     1024    2048    4096    4096    8192    8192    8192    16384   32768   32768
+//                       x 128   x 128   x 256   x 128   x 256   x 8     x 128   x 256   x 8     x 8     x 128
+//   1 block             2.32    3.00    4.35    6.01    6.55    8.69    10.1    11.0
+//   4                   1.97    2.29    3.20    3.81    4.12    4.58    5.15    5.65    6.79    10.3    11.8
+//   8                   2.10    2.17    2.79    3.11    3.41    3.26    3.93    4.41    4.67    6.93    7.86
+//   16                  2.42    2.42    3.07    2.93    3.44    2.67    3.56    4.27    3.52    4.93    5.67
+//   two launches                                                                        5.34    5.55    8.11
 struct PlanCluster {
   int blocks;
-  std::int64_t min_routes, min_routes_per_expert, max_routes, max_experts;
+  std::int64_t min_routes, min_routes_per_expert, max_routes;
 };
 inline constexpr PlanCluster kPlanClusters[] = {
-    {16, 2048, 16, 32768, 256}, {8, 257, 4, 8192, 2048}, {4, 257, 0, 8192, 2048}, {1, 0, 0, 8192, 2048}};
-inline constexpr int kPlanMaxClusterBlocks = 16;
+    {16, 4096, 32, 32768}, {8, 1024, 4, 8192}, {4, 257, 0, 8192}, {1, 0, 0, 8192}};
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
 /// Routes of a block from which it pays to order them before their rows are written: an SM is slow to scatter
-/// words. Few experts scatter less. 8192 routes over 256 experts in 16 blocks, 512 each: 4.8 us instead of
-/// 5.3; 2048 over 128, 128 each: 3.0 instead of 2.9; 32768 over 8: 5.3 instead of 6.0.
-constexpr std::int64_t plan_ordered_routes(std::int64_t num_experts) {
-  return num_experts >= 32 ? 512 : 1024;
+/// words, and few experts scatter less. 512 of 8192 over 256 experts: 4.3 us instead of 4.8; 256 of 4096 over
+/// 128: 2.9 instead of 3.1; 1024 of 16384 over 8: 3.6 instead of 3.5. In one block 512: 2.3 instead of 2.4.
+constexpr std::int64_t plan_ordered_routes(int blocks, std::int64_t num_experts) {
+  return blocks == 1 ? 512 : num_experts >= 32 ? 256 : 2048;
 }
 
 constexpr std::int64_t plan_blocks(std::int64_t num_routes) {
@@ -90,13 +89,13 @@ inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_e
   for (const PlanCluster& c : kPlanClusters) {
     if (c.blocks > max_cluster ||
         num_routes < std::max(c.min_routes, c.min_routes_per_expert * num_experts) ||
-        num_routes > c.max_routes || num_experts > c.max_experts)
+        num_routes > c.max_routes)
       continue;
     // As few warps as hold the routes in few rounds, since counts are summed over the warps; a thread for
     // every expert.
     const std::int64_t share = (num_routes + c.blocks - 1) / c.blocks;
-    const int order = share >= plan_ordered_routes(num_experts);
-    for (const auto& [rounds, most_threads] : {std::pair{1, 256}, {2, 256}, {4, 512}, {8, 1024}}) {
+    const int order = share >= plan_ordered_routes(c.blocks, num_experts);
+    for (const auto& [rounds, most_threads] : {std::pair{1, 256}, {2, 512}, {4, 512}, {8, 1024}}) {
       const std::int64_t route_threads = (share + 32 * rounds - 1) / (32 * rounds) * 32;
       const auto threads = static_cast<int>(std::max(route_threads, expert_threads));
       const PlanPolicy policy{0, 1, c.blocks, threads, rounds, order};
