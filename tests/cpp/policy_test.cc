@@ -150,6 +150,7 @@ TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
         ASSERT_LE(cuda::plan_smem_bytes(policy, num_routes, num_experts), std::size_t{99} * 1024);
         if (policy.launches == 1) {
           ASSERT_LE(policy.blocks, max_cluster);
+          ASSERT_LE(cuda::plan_experts_per_thread(policy, num_experts), cuda::kPlanMaxExpertsPerThread);
           ASSERT_GE(static_cast<std::int64_t>(policy.blocks) * policy.threads * policy.rounds, num_routes);
         } else {
           ASSERT_LE(policy.blocks, cuda::kPlanMaxBlocks);

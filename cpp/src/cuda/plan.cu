@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kPlanMaxThreads) plan_tiny_kernel(const PlanAr
   plan_tiny(args);
 }
 
-template <int kRounds, int kBlocks>
+template <int kRounds, int kBlocks, int kExperts>
 __global__ void __launch_bounds__(kPlanMaxThreads) plan_single_kernel(const PlanArgs args) {
   extern __shared__ std::uint64_t smem[];
-  plan_single<kRounds, kBlocks>(args, smem, [] {
+  plan_single<kRounds, kBlocks, kExperts>(args, smem, [] {
     dev::wait_for_predecessor();
     dev::release_successor();
   });
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_count_kernel(const Plan
     args.counts[static_cast<std::int64_t>(blockIdx.x) * args.num_experts + e] = counts[e];
 }
 
+template <int kExperts>
 __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const PlanArgs args) {
   constexpr int kRounds = kPlanTileRounds;
   constexpr int kNumWarps = kPlanTileThreads / 32;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
   }
   __syncthreads();
   // Phase 2: offsets of the experts, then of this block's part of each.
-  const int num_rows = scan_experts(args, totals, scratch, self == 0);
+  const int num_rows = scan_experts<kExperts>(args, totals, scratch, self == 0);
   __syncthreads();
   for (int e = threadIdx.x; e < args.num_experts; e += kPlanTileThreads) offsets[e] += before[e];
 
@@ -110,9 +111,9 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
     __syncthreads();
     tile.rank_in_warp(counts + warp * args.num_experts, args.num_experts);
     __syncthreads();
-    int placed[kMaxExpertsPerThread] = {};
+    int placed[kExperts] = {};
 #pragma unroll
-    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+    for (int i = 0; i < kExperts; ++i) {
       const int e = static_cast<int>(threadIdx.x) + i * kPlanTileThreads;
       if (e < args.num_experts) placed[i] = sum_over_warps(counts, kNumWarps, args.num_experts, e);
     }
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kMaxExpertsPerThread; ++i) {
+    for (int i = 0; i < kExperts; ++i) {
       const int e = static_cast<int>(threadIdx.x) + i * kPlanTileThreads;
       if (e < args.num_experts) offsets[e] += placed[i];
     }
@@ -136,30 +137,25 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
   clear_rows(args, num_rows);
 }
 
-template <int kBlocks>
-auto select_single_kernel(int rounds) {
-  switch (rounds) {
-    case 1:
-      return plan_single_kernel<1, kBlocks>;
-    case 2:
-      return plan_single_kernel<2, kBlocks>;
-    case 4:
-      return plan_single_kernel<4, kBlocks>;
-    default:
-      return plan_single_kernel<8, kBlocks>;
-  }
+/// make<k>() for the k of kValues that is `value`.
+template <int kFirst, int... kOthers, class Make>
+auto pick(int value, Make&& make) {
+  auto made = make.template operator()<kFirst>();
+  ((value == kOthers ? void(made = make.template operator()<kOthers>()) : void()), ...);
+  return made;
 }
-auto select_single_kernel(int blocks, int rounds) {
-  switch (blocks) {
-    case 1:
-      return select_single_kernel<1>(rounds);
-    case 4:
-      return select_single_kernel<4>(rounds);
-    case 8:
-      return select_single_kernel<8>(rounds);
-    default:
-      return select_single_kernel<16>(rounds);
-  }
+
+auto select_single_kernel(int rounds, int blocks, int experts_per_thread) {
+  return pick<1, 2, 4, 8>(rounds, [&]<int kRounds>() {
+    return pick<1, 4, 8, 16>(blocks, [&]<int kBlocks>() {
+      return pick<1, kPlanMaxExpertsPerThread>(
+          experts_per_thread, [&]<int kExperts>() { return plan_single_kernel<kRounds, kBlocks, kExperts>; });
+    });
+  });
+}
+
+auto select_place_kernel(int experts_per_thread) {
+  return pick<1, 2, 4>(experts_per_thread, [&]<int kExperts>() { return plan_place_kernel<kExperts>; });
 }
 
 std::string describe(const PlanPolicy& policy) {
@@ -190,7 +186,7 @@ PlanPolicy choose_policy(std::int64_t num_routes, std::int64_t num_experts, int 
                      : policy.launches == 1
                          ? policy.blocks <= max_cluster && held >= num_routes &&
                                num_routes <= kPlanClusters[0].max_routes &&
-                               policy.threads * kMaxExpertsPerThread >= num_experts &&
+                               plan_experts_per_thread(policy, num_experts) <= kPlanMaxExpertsPerThread &&
                                plan_smem_bytes(policy, num_routes, num_experts) <= kPlanSingleMaxSmem
                          : policy.threads == kPlanTileThreads && policy.rounds == kPlanTileRounds;
   if (!holds || ctx.workspace.size() < workspace_bytes(policy, num_experts))
@@ -228,6 +224,7 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
                       .smem_bytes = plan_smem_bytes(policy, num_routes, p.num_experts),
                       .stream = stream(ctx),
                       .dependent = true};
+  const int experts_per_thread = plan_experts_per_thread(policy, p.num_experts);
   const DeviceGuard guard(device);
   if (policy.tiny) {
     config.smem_bytes = 0;
@@ -236,11 +233,12 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
   }
   if (policy.launches == 1) {
     config.cluster = dim3(policy.blocks);
-    launch("plan", device, config, select_single_kernel(policy.blocks, policy.rounds), args);
+    launch("plan", device, config, select_single_kernel(policy.rounds, policy.blocks, experts_per_thread),
+           args);
     return;
   }
   launch("plan", device, config, plan_count_kernel, args);
-  launch("plan", device, config, plan_place_kernel, args);
+  launch("plan", device, config, select_place_kernel(experts_per_thread), args);
 }
 
 }  // namespace moecore::cuda

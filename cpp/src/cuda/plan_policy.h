@@ -2,6 +2,7 @@
 // How plan is launched, as a function of the problem's sizes and the device's.
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -71,7 +72,14 @@ constexpr std::size_t plan_smem_bytes(const PlanPolicy& policy, std::int64_t num
   return static_cast<std::size_t>(34 * 8 + num_experts * 4 + block_counts + counts + row_order);
 }
 
-/// Threads of a block for so many experts, at most kMaxExpertsPerThread for each.
+/// Experts of a thread: the instance of a kernel. The one-launch form has them for up to two.
+inline constexpr int kPlanMaxExpertsPerThread = 2;
+constexpr int plan_experts_per_thread(const PlanPolicy& policy, std::int64_t num_experts) {
+  const auto threads = static_cast<std::int64_t>(policy.threads);
+  return static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>((num_experts + threads - 1) / threads)));
+}
+
+/// Threads of a block for so many experts.
 constexpr int plan_expert_threads(std::int64_t num_experts) {
   return static_cast<int>(std::min<std::int64_t>((num_experts + 31) / 32 * 32, 1024));
 }

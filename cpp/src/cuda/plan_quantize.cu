@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kPlanMaxThreads)
       begin();
       plan_tiny(plan);
     } else {
-      plan_single<1, 1>(plan, smem, [] { begin(); });
+      plan_single<1, 1, 1>(plan, smem, [] { begin(); });
     }
   }
 }

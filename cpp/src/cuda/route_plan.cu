@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRoutePlanMaxThreads)
     route_tokens();
     plan_tiny(plan);
   } else {
-    plan_single<1, 1>(plan, smem, route_tokens);
+    plan_single<1, 1, 1>(plan, smem, route_tokens);
   }
 }
 
