@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
   clear_rows(args, num_rows);
 }
 
-/// make<k>() for the k of kValues that is `value`.
+/// make<k>() for the k of kFirst and kOthers that is `value`.
 template <int kFirst, int... kOthers, class Make>
 auto pick(int value, Make&& make) {
   auto made = make.template operator()<kFirst>();
