@@ -99,7 +99,7 @@ TEST(PolicyFinalize, StaysWithinTheHardware) {
               }
               if (policy.direct) {
                 ASSERT_TRUE(policy.vectors && (top_k == 2 || top_k == 4 || top_k == 8));
-                ASSERT_TRUE(policy.direct == 1 || policy.direct * top_k == cuda::kFinalizeDirectRows);
+                ASSERT_TRUE(policy.direct == 1 || policy.direct == cuda::finalize_most_direct_tokens(top_k));
               }
             }
 }
@@ -229,8 +229,8 @@ TEST(PolicyRoute, FewerLanesATokenTheMoreTokensAnSmHas) {
     return std::pair(policy.form, policy.lanes);
   };
   EXPECT_EQ(form(16384, 8, 2), std::pair(RouteForm::kThread, 1));
-  EXPECT_EQ(form(8 * 132, 128, 8), std::pair(RouteForm::kBlock, 128));
-  EXPECT_EQ(form(8 * 132 + 1, 128, 8), std::pair(RouteForm::kPacked, 32));
+  EXPECT_EQ(form(3 * 132, 128, 8), std::pair(RouteForm::kBlock, 128));
+  EXPECT_EQ(form(3 * 132 + 1, 128, 8), std::pair(RouteForm::kPacked, 32));
   EXPECT_EQ(form(16 * 132 + 1, 128, 8), std::pair(RouteForm::kPacked, 16));
   EXPECT_EQ(form(1, 256, 8, true), std::pair(RouteForm::kBlock, 256));
   EXPECT_EQ(form(16384, 256, 8, true), std::pair(RouteForm::kPacked, 32));

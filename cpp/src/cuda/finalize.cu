@@ -322,7 +322,7 @@ template <class T, class Weight>
 auto select_direct_kernel(int top_k, int tokens) {
   switch (top_k) {
     case 2:
-      return tokens == 1 ? finalize_direct_kernel<T, Weight, 2, 1> : finalize_direct_kernel<T, Weight, 2, 4>;
+      return finalize_direct_kernel<T, Weight, 2, 1>;
     case 4:
       return tokens == 1 ? finalize_direct_kernel<T, Weight, 4, 1> : finalize_direct_kernel<T, Weight, 4, 2>;
     default:
@@ -367,7 +367,7 @@ void finalize(const FinalizeProblem& p, const ExecContext& ctx) {
     const bool direct = finalize_can_be_direct(chosen, p);
     override_policy(
         "finalize", text,
-        {{"direct", &chosen.direct, {0, direct ? 1 : 0, direct ? kFinalizeDirectRows / top_k : 0}},
+        {{"direct", &chosen.direct, {0, direct ? 1 : 0, direct ? finalize_most_direct_tokens(p.top_k) : 0}},
          {"vectors", &chosen.vectors, {0, chosen.vectors}},
          {"slots", &chosen.slots, {1, 2, 4, 8}},
          {"threads", &chosen.threads, {32, 64, 96, 128, 160, 192, 224, 256}}});

@@ -102,13 +102,14 @@ inline RoutePolicy block_route_policy(const RouteProblem& p, int num_sms) {
 }
 
 inline RoutePolicy select_route_policy(const RouteProblem& p, int num_sms) {
-  // More lanes take less time for a token and more instructions: a block while an SM has up to 8 tokens, a
-  // warp up to 16, and a warp always for the many scores of grouped selection. E128 K8 on an H200, us: 1.7 in
-  // blocks and 2.3 in warps for one token, 2.9 and 3.1 for 1024, 4.4 and 3.4 for 2048.
+  // More lanes take less time for a token and more instructions: a block while an SM has up to 3 tokens, a
+  // warp up to 16, and a warp always for the many scores of grouped selection. On an H200, us, in blocks and
+  // in warps: E128 K8 1.57 and 1.66 for 64 tokens, 1.80 and 1.77 for 384, 3.12 and 1.92 for 1024; grouped
+  // E256 1.77 and 2.27, 2.53 and 2.69, 4.19 and 3.09.
   auto at_most_per_sm = [&](std::int64_t n) { return p.num_tokens <= n * num_sms; };
   const bool few_experts = p.num_experts <= 32;
   RoutePolicy policy = thread_route_policy(p, num_sms);
-  if (policy.form == RouteForm::kGeneral && at_most_per_sm(8)) policy = block_route_policy(p, num_sms);
+  if (policy.form == RouteForm::kGeneral && at_most_per_sm(3)) policy = block_route_policy(p, num_sms);
   if (policy.form != RouteForm::kGeneral || (few_experts && at_most_per_sm(16))) return policy;
   for (int lanes : {few_experts ? 8 : at_most_per_sm(16) || p.num_groups > 1 ? 32 : 16, 32}) {
     policy = packed_route_policy(p, lanes, num_sms);
