@@ -121,19 +121,25 @@ inline QuantizePolicy select_quantize_policy(const QuantizeProblem& p, int num_s
   policy.unroll = may_unroll(p) && many ? 2 : 1;
   const std::int64_t per_row = (units + policy.unroll - 1) / policy.unroll;
   auto idle = [&](int threads) { return (per_row + threads - 1) / threads * threads - per_row; };
-  // Few rows: one block has the whole row. Of experts, each block looks its expert up (512 rows of 2048 nvfp4
-  // columns over 256 experts: 3.9 us, 4.7 in blocks of 64); without, 256 rows of 4096 mxfp8 columns 2.2
-  // and 2.5, with silu 4.0 and 4.7.
-  policy.threads = many ? 128 : static_cast<int>(std::min<std::int64_t>(warps(units), kMaxTileThreads));
+  // Fewer rows: one block has the whole row, but where there are not even enough for a fourth of the SMs; of
+  // experts there too, as each block looks its expert up (512 rows of 2048 nvfp4 columns over 256
+  // experts: 3.9 us, 4.7 in blocks of 64). Without, 256 rows of 4096 mxfp8 columns 2.2 and 2.5, with silu 4.0
+  // and 4.7.
+  const bool few = rows * 4 < num_sms && p.experts.num_experts == 0;
+  policy.threads = many  ? 128
+                   : few ? 64
+                         : static_cast<int>(std::min<std::int64_t>(warps(units), kMaxTileThreads));
   if (many)
     for (int threads : {64, 96, 160, 192, 224, 256})
       if (idle(threads) < idle(policy.threads)) policy.threads = threads;
-  // Several rows a block once that leaves a round of blocks, where what is the same for all rows is worked
-  // out once and a row is loaded while the one before is worked on; of activations, which are not, two
-  // rounds. us on an H200 with one row and with two: nvfp4, 1024 rows of 7168, 7.6 and 7.0; silu and
-  // fp8_block128, 1024 rows of 4096, 8.5 and 9.6; with two and with four, 4096 rows of 2048, 13.8 and 16.2.
-  const std::int64_t round = static_cast<std::int64_t>(num_sms) * (p.activation ? 60 : 24);
-  const std::int64_t resident = rows * warps(per_row) / 32 / round;
+  // Several rows a block once that leaves a round of blocks: what is the same for all rows is worked out
+  // once, and a row of x is loaded while the one before is worked on. Of activations in whole units, which
+  // are not, two rounds. us on an H200 with one row and with two: nvfp4, 1024 rows of 7168, 7.6 and 7.0; silu
+  // and fp8_block128, 1024 rows of 4096, 8.5 and 9.6; with two and with four, 4096 rows of 2048, 13.8
+  // and 16.2.
+  const int warps_of_round = p.activation ? (whole_units(p) ? 60 : 30) : p.slot_row ? 30 : 24;  // of an SM
+  const std::int64_t resident =
+      rows * warps(per_row) / 32 / (static_cast<std::int64_t>(num_sms) * warps_of_round);
   policy.tasks = static_cast<int>(std::bit_floor(
       static_cast<std::uint64_t>(std::clamp<std::int64_t>(resident, 1, most_tasks(p, policy.threads)))));
   policy.lookup =
