@@ -32,12 +32,6 @@ Encoding encoding_of(const QuantFormat& f) {
   }
 }
 
-/// The one activation that has kernels of its own.
-bool is_silu_and_mul(const Activation& a) {
-  return a.kind == ActivationKind::kSilu && changes_nothing(activation_params(a)) &&
-         (a.order == GateOrder::kGateUp || a.order == GateOrder::kUpGate);
-}
-
 /// Rows follow each other by expert, and their scales or factors are their expert's.
 bool expert_of_row_matters(const QuantizeProblem& p) {
   return p.experts.expert_offsets && (p.experts.scale_offsets || p.global_scale_per_expert);

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "cuda/activation_params.h"
 #include "ops/quantize.h"
 
 namespace moecore::cuda {
@@ -83,6 +84,12 @@ inline bool whole_units(const QuantizeProblem& p) {
          data_is_aligned(p);
 }
 
+/// The one activation that has kernels of its own.
+inline bool is_silu_and_mul(const Activation& a) {
+  return a.kind == ActivationKind::kSilu && changes_nothing(activation_params(a)) &&
+         (a.order == GateOrder::kGateUp || a.order == GateOrder::kUpGate);
+}
+
 /// An activation reads twice the bytes, so that one unit a thread suffices.
 inline bool may_unroll(const QuantizeProblem& p) {
   return whole_units(p) && !p.activation;
@@ -133,13 +140,14 @@ inline QuantizePolicy select_quantize_policy(const QuantizeProblem& p, int num_s
     for (int threads : {64, 96, 160, 192, 224, 256})
       if (idle(threads) < idle(policy.threads)) policy.threads = threads;
   // Several rows a block once that leaves a round of blocks: what is the same for all rows is worked out
-  // once, and a row of x is loaded while the one before is worked on. Of activations in whole units, which
-  // are not, two rounds. us on an H200 with one row and with two: nvfp4, 1024 rows of 7168, 7.6 and 7.0; silu
-  // and fp8_block128, 1024 rows of 4096, 8.5 and 9.6; with two and with four, 4096 rows of 2048, 13.8
-  // and 16.2.
-  const int warps_of_round = p.activation ? (whole_units(p) ? 60 : 30) : p.slot_row ? 30 : 24;  // of an SM
-  const std::int64_t resident =
-      rows * warps(per_row) / 32 / (static_cast<std::int64_t>(num_sms) * warps_of_round);
+  // once, and a row of x is loaded while the one before is worked on, but not of silu(gate) * up, which wants
+  // two rounds. us on an H200 with one row and with two: nvfp4, 1024 rows of 7168, 7.6 and 7.0; silu and
+  // fp8_block128, 1024 rows of 4096, 8.5 and 9.6; with two and with four, 4096 rows of 2048, 13.8 and 16.2.
+  int warps_of_sm = 30;
+  if (!p.activation && !p.slot_row) warps_of_sm = 24;
+  if (p.activation && is_silu_and_mul(*p.activation) && whole_units(p)) warps_of_sm = 60;
+  const std::int64_t round = static_cast<std::int64_t>(num_sms) * warps_of_sm;
+  const std::int64_t resident = rows * warps(per_row) / 32 / round;
   policy.tasks = static_cast<int>(std::bit_floor(
       static_cast<std::uint64_t>(std::clamp<std::int64_t>(resident, 1, most_tasks(p, policy.threads)))));
   policy.lookup =
