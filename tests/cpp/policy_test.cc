@@ -63,6 +63,26 @@ TEST(PolicyPermute, StaysWithinTheHardwareAndCoversTheRow) {
           }
 }
 
+TEST(PolicyPermute, ByTokenWhereRowsAreManyBytes) {
+  auto policy = [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t row_bytes) {
+    const std::int32_t slot = 0;
+    PermuteProblem p;
+    p.x = p.out = static_cast<std::byte*>(address(16));
+    p.x_rows = num_tokens;
+    p.out_rows = num_tokens * top_k;
+    p.x_pitch = p.out_pitch = p.row_bytes = row_bytes;
+    p.slot_row = &slot;
+    return cuda::select_permute_policy(p, 132, 50 << 20);
+  };
+  EXPECT_FALSE(policy(64, 8, 4096).by_token);
+  EXPECT_TRUE(policy(64, 8, 8192).by_token);
+  EXPECT_EQ(policy(64, 8, 8192).threads, 256) << "a block has the whole row";
+  EXPECT_EQ(policy(1, 8, 8192).threads, 64) << "so few rows are cut over half the SMs";
+  EXPECT_FALSE(policy(256, 8, 8192).streaming) << "rows that fit L2 are wanted there";
+  EXPECT_TRUE(policy(1024, 8, 8192).streaming);
+  EXPECT_EQ(policy(1024, 8, 8192).threads, 32) << "a warp with four vectors a thread";
+}
+
 TEST(PolicyPermute, VectorWidthIsTheCommonAlignment) {
   EXPECT_EQ(cuda::common_alignment(0), 16);
   EXPECT_EQ(cuda::common_alignment(64), 16);
@@ -129,6 +149,28 @@ TEST(PolicyFinalize, DirectNeedsWholeVectorsOfSlotsAndWeights) {
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.rows = address(8); }));
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.num_rows = std::int64_t{1} << 31; }));
   EXPECT_FALSE(chosen([](FinalizeProblem& p) { p.out_dtype = DType::kE4M3; }));
+}
+
+TEST(PolicyFinalize, DirectBlocksAreWideWhereAnSmHasOne) {
+  auto policy = [](std::int64_t num_tokens, std::int64_t top_k, std::int64_t hidden) {
+    FinalizeProblem p;
+    p.rows = p.out = address(16);
+    p.slot_row.data = address(16);
+    p.num_tokens = num_tokens;
+    p.num_rows = num_tokens * top_k;
+    p.slot_stride = p.top_k = top_k;
+    p.rows_stride = p.out_stride = p.hidden = hidden;
+    p.dtype = p.out_dtype = DType::kBF16;
+    return cuda::select_finalize_policy(p, 132);
+  };
+  EXPECT_EQ(policy(1, 8, 4096).threads, 64);
+  EXPECT_EQ(policy(128, 8, 4096).threads, 128);
+  EXPECT_EQ(policy(256, 8, 4096).threads, 96);
+  EXPECT_EQ(policy(4096, 8, 4096).threads, 128);
+  EXPECT_EQ(policy(4096, 8, 4096).direct, 1);
+  EXPECT_EQ(policy(4096, 4, 4096).direct, 2);
+  EXPECT_EQ(policy(64, 4, 4096).direct, 1);
+  EXPECT_EQ(policy(4096, 2, 4096).direct, 1);
 }
 
 TEST(PolicyPlan, StaysWithinTheHardwareAndHoldsEveryRoute) {
@@ -392,6 +434,27 @@ TEST(PolicyQuantize, ManyRowsOfE4m3AloneTakeFewRowsABlock) {
     EXPECT_EQ(tasks(format, 8192, 4096, false), 4);
     EXPECT_EQ(tasks(format, 16, 4096, false), 1);
   }
+}
+
+TEST(PolicyQuantize, ActivatedRowsTakeABlockEachUntilThereAreTwoRounds) {
+  auto policy = [](std::int64_t rows, std::int64_t cols, ActivationKind kind) {
+    QuantizeProblem p;
+    p.format = QuantFormat::fp8_block128();
+    p.dtype = DType::kBF16;
+    p.x = address(16);
+    p.data = static_cast<std::uint8_t*>(address(16));
+    p.x_stride = 2 * cols;
+    p.cols = p.padded_cols = p.data_pitch = cols;
+    p.rows = p.out_rows = rows;
+    p.activation = Activation{.kind = kind};
+    return cuda::select_quantize_policy(p, 132);
+  };
+  EXPECT_EQ(policy(1024, 4096, ActivationKind::kSilu).tasks, 1);
+  EXPECT_EQ(policy(4096, 2048, ActivationKind::kSilu).tasks, 2);
+  EXPECT_EQ(policy(4096, 2048, ActivationKind::kSwigluOai).tasks, 4) << "another kernel, with tails";
+  EXPECT_EQ(policy(8, 4096, ActivationKind::kSilu).threads, 64) << "so few rows are cut over the SMs";
+  EXPECT_EQ(policy(64, 4096, ActivationKind::kSilu).threads, 256);
+  EXPECT_EQ(policy(64, 2048, ActivationKind::kSilu).threads, 128);
 }
 
 TEST(PolicyQuantize, FewRowsOfExpertsTakeABlockEach) {
