@@ -182,7 +182,8 @@ TEST_P(PlanOp, EveryFormGivesTheSame) {
          {"", "order=0", "order=1", "blocks=1 threads=1024 rounds=8",
           "blocks=1 threads=1024 rounds=8 order=1", "blocks=8 threads=512 rounds=2 order=0",
           "blocks=8 threads=512 rounds=2 order=1", "blocks=4 threads=512 rounds=4 order=0",
-          "blocks=16 threads=512 rounds=4 order=0", "blocks=16 threads=512 rounds=4 order=1"}) {
+          "blocks=16 threads=512 rounds=4 order=0", "blocks=16 threads=512 rounds=4 order=1",
+          "blocks=8 threads=512 rounds=8 order=1"}) {
       SCOPED_TRACE(::testing::Message() << c << " " << policy);
       try {
         expect_plan(c.ids(5), {.num_experts = c.num_experts, .hidden = 7, .inter = 5}, DType::kI32, {}, 0,

@@ -212,6 +212,7 @@ TEST(PolicyPlan, ClustersGrowWithTheRoutesAndShrinkWithTheDevice) {
   EXPECT_EQ(blocks(4096, 256, 16), 8) << "16 times 256 counts to send and add up";
   EXPECT_EQ(blocks(8192, 128, 8), 8) << "a device without room for 16";
   EXPECT_EQ(blocks(8192, 128, 1), 1) << "no clusters";
+  EXPECT_EQ(blocks(16384, 128, 8), 8);
   EXPECT_EQ(blocks(32768, 128, 16), 16);
   EXPECT_EQ(blocks(32768, 128, 8), 0) << "two launches";
   EXPECT_EQ(blocks(65536, 128, 16), 0) << "two launches";

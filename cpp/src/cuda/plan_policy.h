@@ -34,23 +34,23 @@ inline constexpr std::int64_t kPlanTile = kPlanTileThreads * kPlanTileRounds;
 // are beyond the portable size, and not every device has a place for them. On an H200, us, and where two
 // launches take over:
 //   routes x experts    512     1024    2048    4096    4096    8192    8192    8192    16384   32768   32768
-//                       x 128   x 128   x 256   x 128   x 256   x 8     x 128   x 256   x 8     x 8     x 128
-//   1 block             2.32    3.00    4.35    6.01    6.55    8.69    10.1    11.0
-//   4                   1.97    2.29    3.20    3.81    4.12    4.58    5.15    5.65    6.79    10.3    11.8
-//   8                   2.10    2.17    2.79    3.11    3.41    3.26    3.93    4.41    4.67    6.93    7.86
-//   16                  2.42    2.42    3.07    2.93    3.44    2.67    3.56    4.27    3.52    4.93    5.67
-//   two launches                                                                        5.34    5.55    8.11
+//                       x 128   x 128   x 256   x 128   x 256   x 8     x 128   x 256   x 256   x 8     x 128
+//   1 block             2.14    2.72    4.14    5.82    6.31    8.45    9.71    10.6
+//   4                   1.75    2.02    2.90    3.51    3.76    4.04    4.65    5.04    7.60    10.0    11.6
+//   8                   1.82    1.90    2.51    2.86    3.12    3.04    3.63    4.07    5.23    6.00    6.95
+//   16                  2.13    2.17    2.80    2.60    3.16    2.37    3.21    3.89    4.64    4.26    5.05
+//   two launches                                                                        8.14    5.29    7.89
 struct PlanCluster {
   int blocks;
   std::int64_t min_routes, min_routes_per_expert, max_routes;
 };
 inline constexpr PlanCluster kPlanClusters[] = {
-    {16, 4096, 32, 32768}, {8, 1024, 4, 8192}, {4, 257, 0, 8192}, {1, 0, 0, 8192}};
+    {16, 4096, 32, 32768}, {8, 1024, 4, 16384}, {4, 257, 0, 8192}, {1, 0, 0, 8192}};
 inline constexpr std::size_t kPlanSingleMaxSmem = 96 * 1024;
 
 /// Routes of a block from which it pays to order them before their rows are written: an SM is slow to scatter
-/// words, and few experts scatter less. 512 of 8192 over 256 experts: 4.3 us instead of 4.8; 256 of 4096 over
-/// 128: 2.9 instead of 3.1; 1024 of 16384 over 8: 3.6 instead of 3.5. In one block 512: 2.3 instead of 2.4.
+/// words, and few experts scatter less. 512 of 8192 over 256 experts: 3.9 us instead of 4.5; 256 of 4096 over
+/// 128: 2.6 instead of 2.8; 2048 of 32768 over 8: 5.3 instead of 6.0. In one block 512: 2.3 instead of 2.4.
 constexpr std::int64_t plan_ordered_routes(int blocks, std::int64_t num_experts) {
   return blocks == 1 ? 512 : num_experts >= 32 ? 256 : 2048;
 }

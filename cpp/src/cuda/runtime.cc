@@ -25,17 +25,19 @@ int attribute(const char* op, cudaDeviceAttr attr, int index) {
   return value;
 }
 
-/// Blocks of the largest cluster that the current device has a place for: 8 is portable, GPCs with fewer SMs
-/// and slices of a GPU may have less, most Hoppers have room for 16.
-int largest_cluster(const char* op, const void* kernel) {
-  constexpr int kMost = 16;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), op,
-        "allowing clusters beyond the portable size");
+/// Blocks of the largest cluster that the current device has a place for: GPCs with fewer SMs and slices of a
+/// GPU have less than the portable 8, most Hoppers room for 16.
+int largest_cluster(const void* kernel) {
+  constexpr int kPortable = 8, kMost = 16;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(kMost);
   config.blockDim = dim3(1024);
   int blocks = 0;
-  check(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config), op, "reading the cluster size");
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+      cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return kPortable;
+  }
   return std::clamp(blocks, 1, kMost);
 }
 
@@ -68,7 +70,7 @@ std::unique_ptr<DeviceInfo> read_device(const char* op, int index) {
                        ", this build was compiled for " MOECORE_CUDA_ARCHS " (" + cudaGetErrorString(status) +
                        ")");
   }
-  if (device->compute_capability >= 90) device->max_cluster = largest_cluster(op, probe_kernel());
+  if (device->compute_capability >= 90) device->max_cluster = largest_cluster(probe_kernel());
   return device;
 }
 
