@@ -11,6 +11,11 @@ import moecore
 from moecore import Plan
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """An input of any number of dimensions as rows."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def in_rows(op: str, argument: str, out: Tensor, *shape: int) -> Tensor:
     """An output as rows, or in `shape`: its own memory, or ValueError where that takes a copy."""
     wanted = shape or (-1, out.shape[-1])

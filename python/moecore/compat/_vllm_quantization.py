@@ -12,15 +12,11 @@ import torch
 from torch import Tensor
 
 import moecore
-from moecore.compat._shared import in_rows
+from moecore.compat._shared import as_rows, in_rows
 from moecore.quantization import QuantFormat, Quantized, quantize
 
 _SWIZZLED, _LINEAR, _SMALL = "swizzled_128x4", "linear", "swizzled_8x4"
 _E4M3 = torch.float8_e4m3fn
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _codes(op: str, argument: str, out: Tensor) -> Tensor:
@@ -38,7 +34,7 @@ def scaled_fp4_quant(
     padded_n: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """NVFP4: input [..,n] -> (u8 [m, padded_n/2], e4m3 scales); scale padding is zero."""
-    x = _flat(input)
+    x = as_rows(input)
     cols = x.shape[1]
     padded = cols if padded_n is None else padded_n
     small = "trtllm" in backend and x.shape[0] <= 32
@@ -112,14 +108,14 @@ def silu_and_mul_mxfp4_experts_quant(
 def static_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
     """Writes e4m3(input * rcp(scale)) to `result`, scale f32 [1]."""
     codes = _codes("static_scaled_fp8_quant", "result", result)
-    quantize(_flat(input), "fp8_tensor_static", out=(codes, scale.reshape(1, 1)))
+    quantize(as_rows(input), "fp8_tensor_static", out=(codes, scale.reshape(1, 1)))
 
 
 def dynamic_scaled_fp8_quant(result: Tensor, input: Tensor, scale: Tensor) -> None:
     """The same with scale = largest magnitude / 448, which is written to `scale`."""
     op = "dynamic_scaled_fp8_quant"
     codes, scales = _codes(op, "result", result), in_rows(op, "scale", scale, 1, 1)
-    quantize(_flat(input), "fp8_tensor", out=(codes, scales))
+    quantize(as_rows(input), "fp8_tensor", out=(codes, scales))
 
 
 def dynamic_per_token_scaled_fp8_quant(
@@ -132,7 +128,7 @@ def dynamic_per_token_scaled_fp8_quant(
     op = "dynamic_per_token_scaled_fp8_quant"
     codes, scales = _codes(op, "result", result), in_rows(op, "scale", scale, -1, 1)
     fmt = QuantFormat("fp8_token", amax_cap=None if scale_ub is None else _cap(float(scale_ub)))
-    quantize(_flat(input), fmt, out=(codes, scales))
+    quantize(as_rows(input), fmt, out=(codes, scales))
 
 
 def _cap(magnitude: float) -> float:
@@ -189,7 +185,7 @@ def per_token_group_fp8_quant(
     op = "per_token_group_fp8_quant"
     if dtype not in (None, _E4M3):
         raise TypeError(f"{op}: dtype is {dtype}, expected torch.float8_e4m3fn")
-    rows = _flat(x)
+    rows = as_rows(x)
     _check_groups(op, group_size, rows.shape[1])
     if group_size != 128 and use_ue8m0:
         raise NotImplementedError(
@@ -230,7 +226,7 @@ def silu_and_mul_per_block_quant(
     op = "silu_and_mul_per_block_quant"
     if quant_dtype != _E4M3:
         raise TypeError(f"{op}: quant_dtype is {quant_dtype}, expected torch.float8_e4m3fn")
-    x = _flat(input)
+    x = as_rows(input)
     m, k = x.shape[0], x.shape[1] // 2
     _check_groups(op, group_size, k)
     cap = None if scale_ub is None else _cap(448 * float(scale_ub))
@@ -247,13 +243,13 @@ def silu_and_mul_per_block_quant(
 
 def silu_and_mul(out: Tensor, x: Tensor) -> None:
     """Writes silu(gate) * up to `out`, rounded once (vLLM rounds silu(gate) first)."""
-    moecore.activate(_flat(x), "silu", out=in_rows("silu_and_mul", "out", out))
+    moecore.activate(as_rows(x), "silu", out=in_rows("silu_and_mul", "out", out))
 
 
 def swigluoai_and_mul(out: Tensor, x: Tensor, alpha: float = 1.702, limit: float = 7.0) -> None:
     """gpt-oss's activation of interleaved (gate, up) pairs."""
     rows = in_rows("swigluoai_and_mul", "out", out)
-    moecore.activate(_flat(x), "swiglu_oai", order="interleaved", alpha=alpha, limit=limit, out=rows)
+    moecore.activate(as_rows(x), "swiglu_oai", order="interleaved", alpha=alpha, limit=limit, out=rows)
 
 
 __all__ = [

@@ -12,6 +12,7 @@ import enum
 import torch
 from torch import Tensor
 
+from moecore.compat._shared import as_rows
 from moecore.quantization import QuantFormat, quantize
 
 _E4M3 = torch.float8_e4m3fn
@@ -30,10 +31,6 @@ _LAYOUTS = {
     SfLayout.layout_8x4: "swizzled_8x4",
     SfLayout.layout_linear: "linear",
 }
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _layout_of(op: str, argument: str, layout: SfLayout) -> str:
@@ -61,7 +58,7 @@ def mxfp8_quantize(
         layout = _layout_of("mxfp8_quantize", "sf_swizzle_layout", sf_swizzle_layout)
     else:
         layout = _layout(is_sf_swizzled_layout)
-    q = quantize(_flat(input), QuantFormat("mxfp8", layout=layout), multiple=alignment)
+    q = quantize(as_rows(input), QuantFormat("mxfp8", layout=layout), multiple=alignment)
     return q.data.view(_E4M3).view(*input.shape[:-1], q.data.shape[1]), q.scales.view(-1)
 
 
@@ -83,12 +80,12 @@ def fp4_quantize(
         )
     layout = _layout(is_sf_swizzled_layout, is_sf_8x4_layout)
     if sf_use_ue8m0:
-        q = quantize(_flat(input), QuantFormat("mxfp4", layout=layout, rounding="up"))
+        q = quantize(as_rows(input), QuantFormat("mxfp4", layout=layout, rounding="up"))
     else:
         scale = None if global_scale is None else global_scale.reshape(1).float()
         if scale is not None and is_global_scale_inversed:
             scale = scale.reciprocal()
-        q = quantize(_flat(input), QuantFormat("nvfp4", layout=layout), global_scale=scale)
+        q = quantize(as_rows(input), QuantFormat("nvfp4", layout=layout), global_scale=scale)
     return q.data.view(*input.shape[:-1], q.data.shape[1]), q.scales
 
 
@@ -105,7 +102,7 @@ def nvfp4_quantize(
     if do_shuffle or sf_vec_size != 16:
         raise NotImplementedError("nvfp4_quantize: expected do_shuffle False and sf_vec_size 16")
     layout = _layout_of("nvfp4_quantize", "sfLayout", sfLayout)
-    q = quantize(_flat(a), QuantFormat("nvfp4", layout=layout), global_scale=a_global_sf.reshape(1).float())
+    q = quantize(as_rows(a), QuantFormat("nvfp4", layout=layout), global_scale=a_global_sf.reshape(1).float())
     return q.data, q.scales
 
 
@@ -114,7 +111,7 @@ def mxfp4_quantize(
 ) -> tuple[Tensor, Tensor]:
     """MXFP4 with scales rounded up: (u8 [M, K/2], u8 scales)."""
     layout = _layout_of("mxfp4_quantize", "sf_layout", sf_layout)
-    q = quantize(_flat(a), QuantFormat("mxfp4", layout=layout, rounding="up"))
+    q = quantize(as_rows(a), QuantFormat("mxfp4", layout=layout, rounding="up"))
     return q.data, q.scales
 
 
@@ -123,7 +120,7 @@ def silu_and_mul_nvfp4_quantize(
 ) -> tuple[Tensor, Tensor]:
     """nvfp4_quantize(silu(gate) * up) of a [M, 2K], gate first."""
     q = quantize(
-        _flat(a),
+        as_rows(a),
         QuantFormat("nvfp4", layout=_layout_of("silu_and_mul_nvfp4_quantize", "sfLayout", sfLayout)),
         global_scale=a_global_sf.reshape(1).float(),
         activation="silu",
@@ -136,7 +133,7 @@ def _grouped(
 ) -> tuple[Tensor, Tensor]:
     groups, rows, _ = a.shape
     q = quantize(
-        _flat(a),
+        as_rows(a),
         QuantFormat(kind, layout="swizzled_128x4"),
         global_scale=scale,
         row_counts=mask.to(torch.int32),
