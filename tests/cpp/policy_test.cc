@@ -300,13 +300,30 @@ TEST(PolicyRoutePlan, OneLaunchHoldsEveryTokenAndExpert) {
           ASSERT_GE(policy.plan.threads, 32 * num_tokens) << "a warp for every token";
           ASSERT_GE(policy.plan.threads * policy.plan.rounds, num_tokens * top_k)
               << "a thread for every route";
-          ASSERT_GE(policy.plan.threads * 4, num_experts);
+          ASSERT_TRUE(policy.plan.tiny || policy.plan.threads >= num_experts);
           ASSERT_TRUE(!policy.plan.tiny || num_tokens * top_k <= cuda::kPlanTinyMaxRoutes);
           // Beside route's static shared memory.
           ASSERT_LE(cuda::plan_smem_bytes(policy.plan, num_tokens * top_k, num_experts),
                     std::size_t{16} * 1024);
         }
       }
+}
+
+// An expert_map can name more experts than there are logits; the launch has one of them for a thread.
+TEST(PolicyRoutePlan, MoreLocalExpertsThanThreadsAreTwoLaunches) {
+  RoutePlanProblem p;
+  p.route.num_tokens = p.plan.num_tokens = p.route.top_k = p.plan.top_k = 8;
+  p.route.num_experts = 128;
+  auto fused = [&](std::int64_t num_local) {
+    p.plan.num_experts = num_local;
+    return cuda::fused_route_plan_policy(p).fused;
+  };
+  EXPECT_TRUE(fused(128));
+  EXPECT_TRUE(fused(512));
+  EXPECT_FALSE(fused(513));
+  EXPECT_FALSE(fused(2048));
+  p.route.top_k = p.plan.top_k = 4;  // routes of whom every thread knows all
+  EXPECT_TRUE(fused(2048));
 }
 
 TEST(PolicyActivate, StaysWithinTheHardware) {

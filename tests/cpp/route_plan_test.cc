@@ -3,6 +3,7 @@
 #include "moecore/route_plan.h"
 
 #include <cmath>
+#include <utility>
 
 #include "support/cases.h"
 #include "support/compare.h"
@@ -121,14 +122,18 @@ TEST_P(RoutePlan, TakesTheOptionsOfBoth) {
 }
 
 TEST_P(RoutePlan, FollowsAnExpertMap) {
-  Array values({128}, -1.0);
-  for (std::int64_t e = 0; e < 128; e += 3) values[e] = static_cast<double>(e / 3);
-  const Tensor map(device(), DType::kI32, values);
-  for (std::int64_t num_tokens : {2, 8, 60})
-    expect_composition({.num_tokens = num_tokens,
-                        .num_experts = 128,
-                        .top_k = 6,
-                        .plan = {.num_experts = 43, .expert_map = map.read_only()}});
+  // To every third expert, and to more than a block has threads.
+  Array few({128}, -1.0), many({128});
+  for (std::int64_t e = 0; e < 128; e += 3) few[e] = static_cast<double>(e / 3);
+  for (std::int64_t e = 0; e < 128; ++e) many[e] = static_cast<double>(8 * e);
+  for (const auto& [values, num_local] : {std::pair{few, 43}, {many, 1017}}) {
+    const Tensor map(device(), DType::kI32, values);
+    for (std::int64_t num_tokens : {2, 8, 60})
+      expect_composition({.num_tokens = num_tokens,
+                          .num_experts = 128,
+                          .top_k = 6,
+                          .plan = {.num_experts = num_local, .expert_map = map.read_only()}});
+  }
 }
 
 TEST_P(RoutePlan, RepeatsTheSameBits) {

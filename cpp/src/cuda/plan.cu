@@ -16,6 +16,7 @@
 
 #include <string>
 
+#include "core/table.h"
 #include "cuda/plan.cuh"
 #include "cuda/policy_override.h"
 #include "cuda/runtime.h"
@@ -137,25 +138,21 @@ __global__ void __launch_bounds__(kPlanTileThreads) plan_place_kernel(const Plan
   clear_rows(args, num_rows);
 }
 
-/// make<k>() for the k of kFirst and kOthers that is `value`.
-template <int kFirst, int... kOthers, class Make>
-auto pick(int value, Make&& make) {
-  auto made = make.template operator()<kFirst>();
-  ((value == kOthers ? void(made = make.template operator()<kOthers>()) : void()), ...);
-  return made;
-}
-
-auto select_single_kernel(int rounds, int blocks, int experts_per_thread) {
-  return pick<1, 2, 4, 8>(rounds, [&]<int kRounds>() {
-    return pick<1, 4, 8, 16>(blocks, [&]<int kBlocks>() {
-      return pick<1, kPlanMaxExpertsPerThread>(
-          experts_per_thread, [&]<int kExperts>() { return plan_single_kernel<kRounds, kBlocks, kExperts>; });
+void launch_single(const DeviceInfo& device, const LaunchConfig& config, const PlanPolicy& policy,
+                   int experts_per_thread, const PlanArgs& args) {
+  visit_instance(Table<1, 2, 4, 8>{}, policy.rounds, [&]<int kRounds>() {
+    visit_instance(Table<1, 4, 8, 16>{}, policy.blocks, [&]<int kBlocks>() {
+      visit_instance(Table<1, kPlanMaxExpertsPerThread>{}, experts_per_thread, [&]<int kExperts>() {
+        launch("plan", device, config, plan_single_kernel<kRounds, kBlocks, kExperts>, args);
+      });
     });
   });
 }
 
-auto select_place_kernel(int experts_per_thread) {
-  return pick<1, 2, 4>(experts_per_thread, [&]<int kExperts>() { return plan_place_kernel<kExperts>; });
+void launch_place(const DeviceInfo& device, const LaunchConfig& config, int experts_per_thread,
+                  const PlanArgs& args) {
+  visit_instance(Table<1, 2, 4>{}, experts_per_thread,
+                 [&]<int kExperts>() { launch("plan", device, config, plan_place_kernel<kExperts>, args); });
 }
 
 std::string describe(const PlanPolicy& policy) {
@@ -233,12 +230,11 @@ void plan(const PlanProblem& p, const ExecContext& ctx) {
   }
   if (policy.launches == 1) {
     config.cluster = dim3(policy.blocks);
-    launch("plan", device, config, select_single_kernel(policy.rounds, policy.blocks, experts_per_thread),
-           args);
+    launch_single(device, config, policy, experts_per_thread, args);
     return;
   }
   launch("plan", device, config, plan_count_kernel, args);
-  launch("plan", device, config, select_place_kernel(experts_per_thread), args);
+  launch_place(device, config, experts_per_thread, args);
 }
 
 }  // namespace moecore::cuda

@@ -89,6 +89,11 @@ constexpr PlanPolicy one_round_plan_policy(std::int64_t num_routes, int threads)
   return {num_routes <= kPlanTinyMaxRoutes, 1, 1, threads, 1, 0};
 }
 
+/// Whether a launch of which plan is a part can have this one: its block has a thread for every expert.
+constexpr bool plan_is_a_part(const PlanPolicy& policy, std::int64_t num_experts) {
+  return policy.tiny || plan_experts_per_thread(policy, num_experts) == 1;
+}
+
 /// `max_cluster`: the most blocks that a cluster has on the device; 1 where there are none.
 inline PlanPolicy select_plan_policy(std::int64_t num_routes, std::int64_t num_experts, int max_cluster) {
   const std::int64_t expert_threads = plan_expert_threads(num_experts);

@@ -41,8 +41,7 @@ inline std::string_view plan_quantize_refusal(const PlanQuantizePolicy& policy,
   if (p.plan.num_tokens == 0) return "there are no tokens";
   if (p.plan.num_tokens * p.plan.top_k > kPlanQuantizeMaxRoutes)
     return "one block does not plan so many routes in one round";
-  if (!policy.plan.tiny && p.plan.num_experts > policy.plan.threads)
-    return "there is no thread for each expert";
+  if (!plan_is_a_part(policy.plan, p.plan.num_experts)) return "there is no thread for each expert";
   if (f.kind != QuantKind::kFp8 || f.granularity != Granularity::kBlock128 || p.tokens.dtype != DType::kBF16)
     return "it quantises bf16 to fp8_block128";
   if (!whole_units(p.tokens)) return "rows of x are not aligned units of 16 columns";

@@ -28,7 +28,9 @@ inline RoutePlanPolicy fused_route_plan_policy(const RoutePlanProblem& p) {
     return {};
   const auto threads = static_cast<int>(std::clamp<std::int64_t>(plan_expert_threads(p.plan.num_experts),
                                                                  32 * num_tokens, kRoutePlanMaxThreads));
-  return {.fused = 1, .per_lane = route.per_lane, .plan = one_round_plan_policy(num_routes, threads)};
+  const PlanPolicy plan = one_round_plan_policy(num_routes, threads);
+  if (!plan_is_a_part(plan, p.plan.num_experts)) return {};
+  return {.fused = 1, .per_lane = route.per_lane, .plan = plan};
 }
 
 inline RoutePlanPolicy select_route_plan_policy(const RoutePlanProblem& p) {
