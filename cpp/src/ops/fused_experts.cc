@@ -28,15 +28,16 @@ std::size_t align_up(std::size_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-// The operand of a product as quantize() leaves it: one row of codes and scales for each row of a matrix.
+// The operand of a product as quantize() leaves it: one row of codes and scales for each row of a matrix. The
+// scales of 128-blocks can stand in columns, too, in the same memory.
 struct QuantizedRows {
-  TensorView codes, scales;
+  TensorView codes, scales, column_scales;
 };
 
-// What the layer quantises to: scales in the layout that the products read, f32 where they are powers of two
+// What the layer quantises to: scales in the layout that the product reads, f32 where they are powers of two
 // of a 128-block.
-QuantFormat layer_format(QuantFormat f) {
-  f.layout = ScaleLayout::kLinear;
+QuantFormat layer_format(QuantFormat f, ScaleLayout layout = ScaleLayout::kLinear) {
+  f.layout = layout;
   f.e8m0_scales = false;
   return f;
 }
@@ -71,9 +72,18 @@ struct Layout {
     row_weights = take(weight_dtype, {rows, 1});
     auto take_quantized = [&](std::int64_t m, std::int64_t cols) -> QuantizedRows {
       const QuantFormat f = layer_format(*x_format);
+      QuantizedRows taken;
+      taken.codes = take(DType::kU8, {m, cols * bit_width(f.data_dtype()) / 8});
       const auto [scale_rows, scale_cols] = scale_shape(f, m, cols);
-      return {take(DType::kU8, {m, cols * bit_width(f.data_dtype()) / 8}),
-              take(f.scale_dtype(), {scale_rows, scale_cols})};
+      if (operand_form(f) == OperandForm::kFp8Block128) {  // columns are padded: they need as much or more
+        const auto [blocks, padded] = scale_shape(layer_format(f, ScaleLayout::kColumnMajor), m, cols);
+        taken.column_scales = take(f.scale_dtype(), {blocks, padded});
+        taken.scales =
+            TensorView::dense(taken.column_scales.data, f.scale_dtype(), {scale_rows, scale_cols}, device);
+      } else {
+        taken.scales = take(f.scale_dtype(), {scale_rows, scale_cols});
+      }
+      return taken;
     };
     if (x_format) {
       x = take_quantized(num_tokens, hidden);
@@ -321,10 +331,16 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     return make_grouped_gemm_problem(Check("grouped_gemm", of_up), operand1, experts.w13,
                                      layout.plan.expert_offsets, layout.inter_rows, gemm1, of_up);
   };
+  const ExecContext of_down = with(layout.scratch2);
+  auto preferred = [&](const GroupedGemmProblem& product, const ExecContext& of_product) {
+    return ctx.device.type == DeviceType::kCUDA ? cuda::preferred_x_layout(product, of_product) : XLayout{};
+  };
   // `scale` is a static fp8 scale or nvfp4's g.
-  auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale) {
-    const QuantFormat f = layer_format(*options.x_format);
-    OperandScales scales{f, f.static_scale ? *scale : rows.scales};
+  auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale,
+                       bool in_columns = false) {
+    const QuantFormat f =
+        layer_format(*options.x_format, in_columns ? ScaleLayout::kColumnMajor : ScaleLayout::kLinear);
+    OperandScales scales{f, f.static_scale ? *scale : in_columns ? rows.column_scales : rows.scales};
     if (f.kind == QuantKind::kNvfp4) scales.global_scale = scale;
     return scales;
   };
@@ -341,10 +357,10 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     plan(ids, layout.plan, plan_options, inner);
   } else if (!plan_beside_quantize(ids, layout.plan, plan_options, x, operand1, *gemm1.x_scales, inner)) {
     plan(ids, layout.plan, plan_options, inner);
-    if (ctx.device.type == DeviceType::kCUDA && !has_dynamic_tensor_scale(*options.x_format) &&
-        cuda::copies_rows(up_problem(), of_up)) {
+    const XLayout wanted = preferred(up_problem(), of_up);
+    if (wanted.rows_in_order && !has_dynamic_tensor_scale(*options.x_format)) {
       gemm1.row_token.reset();
-      gemm1.x_scales = scales_of(layout.in_order, options.x_scale);
+      gemm1.x_scales = scales_of(layout.in_order, options.x_scale, wanted.scales_in_columns);
       operand1 = layout.in_order.codes;
       permute_quantize(x, layout.plan, operand1, gemm1.x_scales->scales, gemm1.x_scales->format, {}, inner);
       of_up = with(layout.scratch1_in_order);
@@ -364,13 +380,17 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   GroupedGemmProblem up = up_problem();
   const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, of_up);
   run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, of_up);
-  if (options.x_format && !leaves_codes)
+  if (options.x_format && !leaves_codes) {
+    const GroupedGemmProblem down =
+        make_grouped_gemm_problem(Check("grouped_gemm", of_down), operand2, experts.w2,
+                                  layout.plan.expert_offsets, layout.out_rows, gemm2, of_down);
+    gemm2.x_scales = scales_of(layout.inter, options.inter_scale, preferred(down, of_down).scales_in_columns);
     quantize(layout.inter_rows, operand2, gemm2.x_scales->scales, gemm2.x_scales->format,
              {.rows = {.expert_offsets = layout.plan.expert_offsets},
               .global_scale = gemm2.x_scales->global_scale},
              inner);
-  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2,
-               with(layout.scratch2));
+  }
+  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, of_down);
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

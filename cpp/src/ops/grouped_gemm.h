@@ -117,6 +117,12 @@ struct QuantizedOutRef {
   std::int64_t scale_pitch = 0;
 };
 
+/// How the engine that takes a product reads x fastest, so that whoever writes x had better write it so.
+struct XLayout {
+  bool rows_in_order = false;      // of out: else it begins with a copy of the rows
+  bool scales_in_columns = false;  // ScaleLayout::kColumnMajor
+};
+
 struct GroupedGemmProblem {
   DType dtype = DType::kF32;  // of out, and of every operand whose form is kFloat
   OperandScalesRef x_scales{};
@@ -176,9 +182,7 @@ BackendFn<GroupedGemmProblem> grouped_gemm;
 /// Why a problem with a quantized_out must be run without it, its out being quantised afterwards; empty where
 /// the engine that takes the problem leaves the codes itself.
 std::string quantized_out_refusal(const GroupedGemmProblem& problem, const ExecContext& ctx);
-/// Whether the engine that takes the problem begins with a copy of the rows of x in the order of out, so that
-/// whoever writes them had better write them so.
-bool copies_rows(const GroupedGemmProblem& problem, const ExecContext& ctx);
+XLayout preferred_x_layout(const GroupedGemmProblem& problem, const ExecContext& ctx);
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,
                                          std::int64_t num_experts, DType dtype, FormPair forms);
 }  // namespace cuda

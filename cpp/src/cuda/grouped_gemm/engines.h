@@ -16,8 +16,8 @@ struct GroupedGemmEngine {
   /// The tiles it takes and why.
   std::string (*describe)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&);
   void (*run)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&);
-  /// Whether it copies the rows of x in the order of out first; none: it never does.
-  bool (*copies_rows)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&) = nullptr;
+  /// How it reads x fastest; none: it takes x as it is.
+  XLayout (*preferred_x_layout)(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&) = nullptr;
 };
 
 extern const GroupedGemmEngine kSm90Engine;

@@ -143,10 +143,10 @@ std::string quantized_out_refusal(const GroupedGemmProblem& p, const ExecContext
   return choice.engine ? "" : choice.text("", "; ");
 }
 
-bool copies_rows(const GroupedGemmProblem& p, const ExecContext& ctx) {
+XLayout preferred_x_layout(const GroupedGemmProblem& p, const ExecContext& ctx) {
   const DeviceInfo& device = open_device("grouped_gemm", ctx);
   const GroupedGemmEngine* engine = choose_engine(p, device, ctx).engine;
-  return engine && engine->copies_rows && engine->copies_rows(p, device, ctx);
+  return engine && engine->preferred_x_layout ? engine->preferred_x_layout(p, device, ctx) : XLayout{};
 }
 
 std::size_t grouped_gemm_workspace_bytes(std::int64_t rows, std::int64_t n, std::int64_t k,

@@ -54,6 +54,16 @@ struct TileConfig {
 
 enum class Tiling { kDecode, kPrefill };
 
+/// What of x comes by the copy engine, where its rows are those of out: rows, and scales of 128 columns.
+enum class Boxes : int { kNone, kRows, kRowsAndScales };
+
+/// A box of scales starts at a multiple of 16 bytes: that of a tile of `max_tokens` has as many in front of
+/// it as its first row is behind one.
+inline constexpr int kScalesAhead = 16 / sizeof(float);
+constexpr int scale_box(int max_tokens) {
+  return max_tokens + kScalesAhead;
+}
+
 inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .shares = true},
      {.name = "prefill", .max_tokens = 176, .stages = 4, .shares = false, .box_tokens = 16, .pairs = true}},
@@ -108,8 +118,7 @@ struct Sharing {
   float* sums = nullptr;                  // by steps, [blocks, kSlotFloats]
 };
 
-/// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights). `boxes`: the rows of x are
-/// those of out, and come by the map of x.
+/// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights).
 struct Kernel {
   const void* function;
   std::size_t smem_bytes;

@@ -95,8 +95,11 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
 bool copies_rows(const GroupedGemmProblem& p, const sm90::Policy& policy) {
   return p.row_token && policy.tiles().tokens_are_rows();
 }
-bool copies_rows(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
-  return copies_rows(p, policy_for(p, device, ctx));
+XLayout preferred_x_layout(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
+  const sm90::Policy policy = policy_for(p, device, ctx);
+  return {
+      .rows_in_order = copies_rows(p, policy),
+      .scales_in_columns = policy.tiles().tokens_are_rows() && p.x_scales.form == OperandForm::kFp8Block128};
 }
 
 /// The rules of the copy engine and of 16-byte accesses.
@@ -209,6 +212,22 @@ CUtensorMap x_map(const GroupedGemmArgs& args, std::int64_t rows, DType dtype, s
                     CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+/// Whether the scales of x can come as boxes: columns of scales one after the other, of rows in order.
+bool scales_in_boxes(const GroupedGemmProblem& p) {
+  const OperandScalesRef& s = p.x_scales;
+  return s.form == OperandForm::kFp8Block128 && !p.row_token && s.row_pitch == sizeof(float) &&
+         s.col_pitch % 16 == 0 && s.col_pitch > 0 && reinterpret_cast<std::uintptr_t>(s.data) % 16 == 0;
+}
+
+/// These: dimensions (rows, K / 128), a box the scales of a tile's rows for one step.
+CUtensorMap x_scales_map(const GroupedGemmProblem& p, const sm90::TileConfig& config) {
+  const OperandScalesRef& s = p.x_scales;
+  const cuuint64_t dims[] = {static_cast<cuuint64_t>(p.x_rows), static_cast<cuuint64_t>((p.k + 127) / 128)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(s.col_pitch)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(sm90::scale_box(config.max_tokens)), 1};
+  return encode_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, s.data, dims, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 /// Out as a warp of such tiles stores it: dimensions (columns, rows), a box 32 columns of 16 rows, 64 where a
 /// tile's weight rows are columns of out one by one.
 CUtensorMap out_map(const GroupedGemmProblem& p) {
@@ -319,8 +338,15 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
     args.offsets_settled = ordered = true;  // as above; row_token goes on to say where scales stand
     workspace += copy.out_rows * p.k;
   }
-  bool boxes = ordered && config.box_tokens > 0 && args.x_stride >= args.k;
-  if (boxes) maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
+  sm90::Boxes boxes = sm90::Boxes::kNone;
+  if (ordered && config.box_tokens > 0 && args.x_stride >= args.k) {
+    boxes = sm90::Boxes::kRows;
+    maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
+    if (config.tokens_are_rows() && scales_in_boxes(p)) {
+      boxes = sm90::Boxes::kRowsAndScales;
+      maps.x_scales = x_scales_map(p, config);
+    }
+  }
   if (config.tokens_are_rows()) maps.out = out_map(p);
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
   sm90::Sharing sharing;
@@ -351,6 +377,6 @@ void run(const GroupedGemmProblem&, const DeviceInfo&, const ExecContext&) {}
 
 }  // namespace
 
-const GroupedGemmEngine kSm90Engine{"the Hopper engine", refusal, describe, run, copies_rows};
+const GroupedGemmEngine kSm90Engine{"the Hopper engine", refusal, describe, run, preferred_x_layout};
 
 }  // namespace moecore::cuda

@@ -34,7 +34,7 @@ struct Fp8PrefillLoop : NoPrefetch {
   /// first and its second eights, which are gate and up in the order of the checkpoint.
   template <int kMaxTokens>
   struct Extra {
-    float tokens[kBlockScales ? kMaxTokens : 0];
+    alignas(128) float tokens[kBlockScales ? scale_box(kMaxTokens) : 0];  // from row % kScalesAhead on
     float weights[kBlockScales ? 2 * kRuns : 0];
   };
 
@@ -42,12 +42,13 @@ struct Fp8PrefillLoop : NoPrefetch {
   template <class Engine>
   class Gather {
    public:
-    __device__ Gather(const Engine& engine, const Work& work, int lane) : engine_(engine), lane_(lane) {
+    __device__ Gather(const Engine& engine, const Work& work, int lane)
+        : engine_(engine), lane_(lane), first_(work.tile.row % kScalesAhead + lane) {
       if constexpr (kBlockScales) {
         const ScaleArgs& x = engine.args.x_scales;
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
-          if (const int token = lane + i * 32; token < work.tile.rows)
+          if (const int token = lane + i * 32; token < work.tile.rows && engine.boxes == Boxes::kRows)
             token_[i] = x.data + engine.x_row(work.tile, token) * x.row_pitch + work.begin * x.col_pitch;
         if (work.tile.rows > 0 && lane < (kGated ? 2 : 1) * kRuns)
           weight_ = weight_block_scale<kRuns>(engine, work, lane);
@@ -59,7 +60,7 @@ struct Fp8PrefillLoop : NoPrefetch {
 #pragma unroll
         for (int i = 0; i < kTokens; ++i)
           if (token_[i]) {
-            copy_4(smem_address(&to.tokens[lane_ + i * 32]), token_[i], 4);
+            copy_4(smem_address(&to.tokens[first_ + i * 32]), token_[i], 4);
             token_[i] += engine_.args.x_scales.col_pitch;
           }
         if (weight_) {
@@ -73,7 +74,7 @@ struct Fp8PrefillLoop : NoPrefetch {
     static constexpr bool kGated = Engine::Form::kGated;
     static constexpr int kTokens = Engine::kMaxTokens / 32;
     const Engine& engine_;
-    const int lane_;
+    const int lane_, first_;
     const std::byte *token_[kTokens] = {}, *weight_ = nullptr;  // of the step
   };
 };
@@ -84,30 +85,24 @@ template <class Engine>
 class Fp8PrefillPart {
  public:
   __device__ __forceinline__ Fp8PrefillPart(const Engine& engine, const Tile& tile, int warpgroup)
-      : engine_(engine), tile_(tile), warpgroup_(warpgroup) {}
+      : engine_(engine),
+        tile_(tile),
+        tokens_(tile_address(engine.s.tokens[0][0] + warpgroup * 64 * kLineBytes)) {}
 
-  __device__ __forceinline__ void compute(const Work& work, typename Engine::Ring& at) const {
-    auto& s = engine_.s;
-    float d[kSums] = {}, p[kSums];
-    int stage = uniform(at.stage);
-#pragma unroll 4
-    for (int k = work.begin; k < work.end; ++k) {
-      barrier_wait(&s.full[at.stage], at.phase);
-      const Scales scales(s.extra[at.stage], token());
-      const std::uint64_t tokens = tile_descriptor(s.tokens[stage][0] + warpgroup_ * 64 * kLineBytes);
-      const std::uint64_t weights = tile_descriptor(s.weights[stage]);
-      wgmma_fence();
-      Wgmma<E4m3Codes, kWeightRows>::template op<false>(p, tokens, weights);
+  __device__ __forceinline__ void compute(typename Engine::Ring& at) const {
+    constexpr int kStages = Engine::kConfig.stages;
+    float d[kSums] = {};
+    for (int left = engine_.steps; left > 0;) {
+      if (at.stage == 0 && left >= kStages) {  // whole rounds of the ring, whose places are constants
 #pragma unroll
-      for (int kk = 1; kk < kLineBytes / 32; ++kk)
-        Wgmma<E4m3Codes, kWeightRows>::op(p, tokens + kk * 2, weights + kk * 2);
-      wgmma_commit();
-      const int done = at.stage;
-      at.advance();
-      stage = uniform(at.stage);  // while the tensor cores are at work
-      wgmma_wait<0>();
-      engine_.release(done);
-      scales.add(p, d);
+        for (int stage = 0; stage < kStages; ++stage) step(stage, at.phase, d);
+        at.advance(kStages);
+        left -= kStages;
+      } else {
+        step(uniform(at.stage), at.phase, d);
+        at.advance();
+        --left;
+      }
     }
     if (elect_one()) wait_for_stores_to_read();  // of the tile before, from the warp's buffer
     finish(d);
@@ -121,6 +116,33 @@ class Fp8PrefillPart {
   static constexpr int kWeightRows = Loop::kWeightRows, kRuns = Loop::kRuns;
   static constexpr bool kGated = Engine::Form::kGated;
   static constexpr int kSums = kWeightRows / 2, kGroups = kWeightRows / 8;
+  static constexpr int kHalves = 2;
+
+  /// d += the products of the step in a stage of the ring.
+  __device__ __forceinline__ void step(int stage, std::uint32_t phase, float (&d)[kSums]) const {
+    auto& s = engine_.s;
+    const std::uint32_t tokens = tokens_ + stage * (sizeof(s.tokens[0]) / 16);
+    const std::uint32_t weights = tile_address(s.weights[0]) + stage * (sizeof(s.weights[0]) / 16);
+    float p[kHalves][kSums / kHalves];
+    barrier_wait(&s.full[stage], phase);
+    const Scales scales(s.extra[stage], tile_.row % kScalesAhead + token());
+    wgmma_fence();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      using Multiply = Wgmma<E4m3Codes, kWeightRows / kHalves>;
+      const std::uint32_t rows = weights + half * (kWeightRows / kHalves * kLineBytes / 16);
+      Multiply::template op<false>(p[half], tile_descriptor(tokens), tile_descriptor(rows));
+#pragma unroll
+      for (int kk = 1; kk < kLineBytes / 32; ++kk)
+        Multiply::op(p[half], tile_descriptor(tokens + kk * 2), tile_descriptor(rows + kk * 2));
+      wgmma_commit();
+    }
+    wgmma_wait<1>();
+    scales.add(p[0], d, 0);
+    wgmma_wait<0>();
+    engine_.release(stage);
+    scales.add(p[1], d, kSums / kHalves);
+  }
 
   /// The scales of a step that a thread's sums need.
   class Scales {
@@ -134,23 +156,21 @@ class Fp8PrefillPart {
         for (int i = 0; i < kRuns * kEights; ++i) weights_[i] = extra.weights[i];
       }
     }
-    /// d += p times the scales.
-    __device__ __forceinline__ void add(const float (&p)[kSums], float (&d)[kSums]) const {
+    /// The sums from `first` on += p times the scales.
+    template <int kCount>
+    __device__ __forceinline__ void add(const float (&p)[kCount], float (&d)[kSums], int first) const {
       if constexpr (kBlockScales) {
+        float scale[kRuns * kEights][2];
 #pragma unroll
-        for (int run = 0; run < kRuns; ++run) {
-          float scale[kEights][2];
+        for (int i = 0; i < 2 * kRuns * kEights; ++i) scale[i / 2][i % 2] = tokens_[i % 2] * weights_[i / 2];
 #pragma unroll
-          for (int i = 0; i < 2 * kEights; ++i)
-            scale[i / 2][i % 2] = tokens_[i % 2] * weights_[run * kEights + i / 2];
-#pragma unroll
-          for (int i = 0; i < kRunSums; ++i)
-            d[run * kRunSums + i] =
-                __fmaf_rn(p[run * kRunSums + i], scale[i / 4 % kEights][i / 2 % 2], d[run * kRunSums + i]);
+        for (int i = 0; i < kCount; ++i) {
+          const int at = first + i;
+          d[at] = __fmaf_rn(p[i], scale[at / kRunSums * kEights + at / 4 % kEights][at / 2 % 2], d[at]);
         }
       } else {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) d[i] += p[i];
+        for (int i = 0; i < kCount; ++i) d[first + i] += p[i];
       }
     }
 
@@ -265,7 +285,7 @@ class Fp8PrefillPart {
 
   const Engine& engine_;
   const Tile& tile_;
-  const int warpgroup_;
+  const std::uint32_t tokens_;  // of the ring's first stage
 };
 
 template <bool kBlockScales, class Form>
@@ -274,14 +294,15 @@ struct Fp8Prefill : Pipeline<Fp8PrefillLoop<kBlockScales>, Form, Tiling::kPrefil
   using Base::s;
 
   __device__ __forceinline__ void compute() {
+    const int warpgroup = uniform(threadIdx.x / 128);
     typename Base::Ring at;
     for (;;) {
       barrier_wait(&s.full[at.stage], at.phase);
       const Work work = this->work_in(at.stage);
-      if (work.tile.rows == 0) break;
-      const int warpgroup = uniform(threadIdx.x / 128);
-      if (work.tile.rows > warpgroup * 64)
-        Fp8PrefillPart<Base>(*this, work.tile, warpgroup).compute(work, at);
+      const int rows = uniform(work.tile.rows);
+      if (rows == 0) break;
+      if (rows > warpgroup * 64)
+        Fp8PrefillPart<Base>(*this, work.tile, warpgroup).compute(at);
       else
         this->pass_over(work, at);
     }

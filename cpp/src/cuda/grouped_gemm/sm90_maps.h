@@ -5,9 +5,10 @@
 
 namespace moecore::cuda::sm90 {
 
-/// Of the weights, of x where its rows come as boxes, and of out where tokens are the operand of rows.
+/// Of the weights, of x where its rows come as boxes, of its scales where they do, and of out where tokens
+/// are the operand of rows.
 struct Maps {
-  CUtensorMap weights{}, x{}, out{};
+  CUtensorMap weights{}, x{}, x_scales{}, out{};
 };
 
 }  // namespace moecore::cuda::sm90

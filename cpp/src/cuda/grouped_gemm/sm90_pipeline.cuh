@@ -159,7 +159,7 @@ struct Pipeline {
   const Maps& maps;
   const GroupedGemmArgs& args;
   const Sharing& sharing;
-  const bool boxes;             // token rows come by the copy engine
+  const Boxes boxes;            // what of x comes by the copy engine
   const int steps;              // of K
   const int tiles = 0;          // all of them; known where blocks share something only
   const bool by_steps = false;  // deal out steps
@@ -226,9 +226,10 @@ struct Pipeline {
 
   /// A consumer warp is done with a stage, which both blocks of a pair refill.
   __device__ __forceinline__ void release(int stage) const {
-    const std::uint32_t lane = threadIdx.x % 32, empty = smem_address(&s.empty[stage]);
-    if (kPairs && pairs) {
-      if (lane < 2) barrier_arrive_in_cluster(address_in_block(empty, lane));
+    const std::uint32_t lane = threadIdx.x % 32;
+    if constexpr (kPairs) {  // a lane for each block: no branch
+      if (lane < (pairs ? 2 : 1))
+        barrier_arrive_in_cluster(address_in_block(smem_address(&s.empty[stage]), lane));
     } else if (lane == 0) {
       barrier_arrive(&s.empty[stage]);
     }
@@ -302,8 +303,16 @@ struct Pipeline {
       if (work.tile.rows > 0) Loop::prefetch(*this, work, threadIdx.x % 32, 32);
       if (elect_one()) {
         const int token_boxes = token_boxes_of(work.tile);
-        produce(work, at, token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes),
-                [&](int k, int stage) { copy_token_rows(work.tile, k, token_boxes, stage); });
+        const bool scales = brings_scales(work.tile);
+        const int bytes = token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes) +
+                          (scales ? scale_box(kMaxTokens) * static_cast<int>(sizeof(float)) : 0);
+        produce(work, at, bytes, [&](int k, int stage) {
+          copy_token_rows(work.tile, k, token_boxes, stage);
+          if constexpr (kTokensAreRows && Loop::kExtras)
+            if (scales)
+              copy_box(s.extra[stage].tokens, &maps.x_scales, &s.full[stage],
+                       work.tile.row / kScalesAhead * kScalesAhead, k);
+        });
       }
       __syncwarp();
     });
@@ -348,6 +357,11 @@ struct Pipeline {
   /// Boxes that bring a tile's token rows; what they bring of the rows behind is computed and not stored.
   __device__ __forceinline__ int token_boxes_of(const Tile& tile) const {
     return tile.rows > 0 ? (tile.rows + kBoxTokens - 1) / kBoxTokens : 0;
+  }
+
+  /// Whether the copy engine brings the scales of a tile's tokens.
+  __device__ __forceinline__ bool brings_scales(const Tile& tile) const {
+    return kTokensAreRows && Loop::kExtras && boxes == Boxes::kRowsAndScales && tile.rows > 0;
   }
 
   __device__ __forceinline__ void copy_token_rows(const Tile& tile, int step, int boxes, int stage) const {
@@ -476,12 +490,13 @@ struct Pipeline {
 template <class Engine>
 __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
     grouped_gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GroupedGemmArgs args,
-                        const __grid_constant__ Sharing sharing, const bool boxes, const bool evict_weights) {
+                        const __grid_constant__ Sharing sharing, const Boxes boxes,
+                        const bool evict_weights) {
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<typename Engine::Shared*>(raw);
   const bool pairs = Engine::kPairs && cluster_blocks() > 1;
-  const bool copies_tokens = Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes);
+  const bool copies_tokens = Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes != Boxes::kNone);
   if (threadIdx.x == 0) {
     const int arrivals = 1 + (!copies_tokens          ? kGatherThreads
                               : Engine::Loop::kExtras ? 1 + 32
@@ -511,12 +526,12 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   const bool shares = kConfig.shares && sharing.by != Sharing::kNothing;
   const int tiles = shares || pairs ? count_tiles(args, s.group_tiles) : 0;
   const bool dynamic = shares && !by_steps && tiles > static_cast<int>(gridDim.x);
-  Engine engine{{s, maps, args, sharing, copies_tokens,
+  Engine engine{{s, maps, args, sharing, copies_tokens ? boxes : Boxes::kNone,
                  (args.k + Engine::Loop::kStepK - 1) / Engine::Loop::kStepK, tiles, by_steps, dynamic,
                  pairs}};
-  if (threadIdx.x >= Engine::kConsumerWarps * 32) {
+  const int warp = uniform(threadIdx.x / 32) - Engine::kConsumerWarps;  // of those that bring
+  if (warp >= 0) {
     give_registers<Engine::kProducerRegisters>();
-    const int warp = threadIdx.x / 32 - Engine::kConsumerWarps;
     if (warp == 0) {
       engine.copy_weights(evict_weights);
     } else {

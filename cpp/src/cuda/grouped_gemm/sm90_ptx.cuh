@@ -148,9 +148,16 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 /// Descriptor of a K-major tile in the 128-byte swizzle: rows of 128 bytes, groups of eight rows 1024 bytes
 /// apart.
-__device__ __forceinline__ std::uint64_t tile_descriptor(const void* p) {
-  return ((smem_address(p) & 0x3FFFFu) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+__device__ __forceinline__ std::uint32_t tile_address(const void* p) {
+  return ((smem_address(p) & 0x3FFFFu) >> 4) + (1u << 16);
 }
+__device__ __forceinline__ std::uint64_t tile_descriptor(std::uint32_t address) {
+  return address | (64ull << 32) | (1ull << 62);
+}
+__device__ __forceinline__ std::uint64_t tile_descriptor(const void* p) {
+  return tile_descriptor(tile_address(p));
+}
+
 /// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&v)[4], std::uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
