@@ -117,6 +117,19 @@ TEST_P(GroupedGemmQuantized, PairsOfBlocks) {
   }
 }
 
+// Tiles of whole rounds of the ring, of less and of more: later ones start at any of its stages.
+TEST_P(GroupedGemmQuantized, RoundsOfTheRing) {
+  if (const std::string why = no_tilings(); !why.empty()) GTEST_SKIP() << why;
+  for (const FormatPair& p : format_pairs()) {
+    if (!p.x || is_fp4(p.x) || is_fp4(p.weights)) continue;
+    for (std::int64_t k : {640, 880}) {
+      GemmCase c{.counts = {66, 2, 1, 3}, .n = 6400, .k = k, .gather = k == 640};
+      c.policy = "prefill=1";
+      expect_gemm(p, c, Values::kIntegers);
+    }
+  }
+}
+
 // More tiles than SMs, of fewer steps than the ring has stages: blocks ask for them in an order of their own.
 TEST_P(GroupedGemmQuantized, TilesOnDemand) {
   if (const std::string why = no_tilings(); !why.empty()) GTEST_SKIP() << why;

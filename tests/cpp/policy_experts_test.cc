@@ -76,7 +76,9 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
   EXPECT_EQ(cuda::sm90::workspace_bytes(few, 16 * kExperts, kDepth), cuda::sm90::Sharing::kBytes);
   EXPECT_TRUE(many.tiles().tokens_are_rows());
   EXPECT_EQ(many.tiles().token_step(), many.tiles().max_tokens);
-  EXPECT_EQ(cuda::sm90::workspace_bytes(many, 64 * kExperts, kDepth), 64u * kExperts * kDepth);
+  // Codes, and a scale of four bytes for 128 of them.
+  EXPECT_EQ(cuda::sm90::workspace_bytes(many, 64 * kExperts, kDepth),
+            64u * kExperts * (kDepth + kDepth / 32));
   for (const auto& tilings : cuda::sm90::kTileConfigs)
     for (const cuda::sm90::TileConfig& config : tilings) {
       EXPECT_TRUE(config.whole_boxes()) << config.name;
@@ -84,6 +86,27 @@ TEST(PolicyGroupedGemm, ManyRowsOfFp8HaveRoomToStandInOrder) {
       EXPECT_EQ(config.token_step() & (config.token_step() - 1), 0) << config.name;
       EXPECT_TRUE(!config.tokens_are_rows() || config.box_tokens > 0) << config.name;
     }
+}
+
+// Columns that start at multiples of 16 bytes, of rows in order, come as they are.
+TEST(PolicyGroupedGemm, ScalesThatAreNoColumnsArePrepared) {
+  alignas(16) const std::byte scales[16]{};
+  const std::int32_t row_token = 0;
+  GroupedGemmProblem p;
+  p.x_scales = {.form = OperandForm::kFp8Block128, .data = scales, .row_pitch = 4, .col_pitch = 32};
+  EXPECT_FALSE(cuda::sm90::needs_prepared_scales(p));
+  auto prepared = [&](auto change) {
+    GroupedGemmProblem changed = p;
+    change(changed);
+    return cuda::sm90::needs_prepared_scales(changed);
+  };
+  EXPECT_TRUE(prepared([&](GroupedGemmProblem& c) { c.row_token = &row_token; }));
+  EXPECT_TRUE(prepared([](GroupedGemmProblem& c) { c.x_scales.data += 4; }));
+  EXPECT_TRUE(prepared([](GroupedGemmProblem& c) { c.x_scales.col_pitch = 36; }));
+  EXPECT_TRUE(prepared([](GroupedGemmProblem& c) { c.x_scales.col_pitch = -32; }));
+  EXPECT_TRUE(prepared([](GroupedGemmProblem& c) { std::swap(c.x_scales.row_pitch, c.x_scales.col_pitch); }));
+  EXPECT_FALSE(prepared([](GroupedGemmProblem& c) { c.x_scales = {.form = OperandForm::kFp8Token}; }));
+  EXPECT_EQ(cuda::sm90::prepared_scale_bytes(5, 257), 3u * 8 * 4);
 }
 
 // From two token tiles an expert on, and where pairing costs nothing.

@@ -122,10 +122,12 @@ inline std::string_view quantized_out_refusal(const Policy& policy, FormPair for
   return "";
 }
 
-/// Of a policy: prepared x or the copy of its rows, then the parts of stream-K.
+/// Of a policy: prepared x, or the copies of its rows and their scales, then the parts of stream-K.
 inline std::size_t workspace_bytes(const Policy& policy, std::int64_t rows, std::int64_t k) {
   return (policy.family == Family::kDecoded ? prepared_bytes(rows, k) : 0) +
-         (policy.tiles().tokens_are_rows() ? static_cast<std::size_t>(rows * k) : 0) +
+         (policy.tiles().tokens_are_rows()
+              ? static_cast<std::size_t>(rows * k) + prepared_scale_bytes(rows, k)
+              : 0) +
          (policy.tiles().shares ? Sharing::kBytes : 0);
 }
 inline std::size_t workspace_bytes(FormPair forms, std::int64_t rows, std::int64_t num_experts,

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "cuda/grouped_gemm/prepare_scales.h"
 #include "moecore/dtype.h"
 #include "ops/grouped_gemm.h"
 
@@ -50,19 +51,11 @@ struct TileConfig {
   constexpr int weight_boxes(bool gated) const { return pairs ? 2 : gated ? blocks : 1; }
   /// What the tokens of a tile are rounded up to.
   constexpr int token_step() const { return tokens_are_rows() ? max_tokens : 8; }
+  /// Scales of x in a box of a tile, which begins up to kScalesAhead - 1 rows ahead of it.
+  constexpr int scale_box() const { return max_tokens + kScalesAhead; }
 };
 
 enum class Tiling { kDecode, kPrefill };
-
-/// What of x comes by the copy engine, where its rows are those of out: rows, and scales of 128 columns.
-enum class Boxes : int { kNone, kRows, kRowsAndScales };
-
-/// A box of scales starts at a multiple of 16 bytes: that of a tile of `max_tokens` has as many in front of
-/// it as its first row is behind one.
-inline constexpr int kScalesAhead = 16 / sizeof(float);
-constexpr int scale_box(int max_tokens) {
-  return max_tokens + kScalesAhead;
-}
 
 inline constexpr TileConfig kTileConfigs[][2] = {
     {{.name = "decode", .max_tokens = 32, .stages = 6, .shares = true},
@@ -118,7 +111,8 @@ struct Sharing {
   float* sums = nullptr;                  // by steps, [blocks, kSlotFloats]
 };
 
-/// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights).
+/// What a kernel is launched with: (Maps, args, sharing, boxes, evict_weights). `boxes`: the rows of x are
+/// those of out, and come by the map of x.
 struct Kernel {
   const void* function;
   std::size_t smem_bytes;

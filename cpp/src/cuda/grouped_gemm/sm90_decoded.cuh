@@ -290,7 +290,7 @@ struct DecodedLoop {
     for (int k = work.begin; k < work.end; ++k) {
       const bool twice = kMx && __any_sync(~0u, scales.large());
       barrier_wait(&s.full[at.stage], at.phase);
-      if (engine.boxes == Boxes::kNone) fence_async_proxy();
+      if (!engine.boxes) fence_async_proxy();
       const std::byte* codes = s.weights[at.stage] + codes_at;
       const uint4 words[2] = {*reinterpret_cast<const uint4*>(codes),
                               *reinterpret_cast<const uint4*>(codes + 8 * kWeightLineBytes)};

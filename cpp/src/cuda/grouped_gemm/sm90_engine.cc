@@ -77,8 +77,10 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
   auto workspace_suffices = [&] {
     return ctx.workspace.size() >= sm90::workspace_bytes(policy, p.num_rows, p.k);
   };
-  // Rows that cannot be put in order, or are no box, are gathered.
-  if (policy.tiles().tokens_are_rows() && (p.row_token ? !workspace_suffices() : p.x_stride < p.k))
+  // Rows or scales that cannot be put in order, and rows that are no box, are gathered.
+  const bool prepares = p.row_token || sm90::needs_prepared_scales(p);
+  if (policy.tiles().tokens_are_rows() &&
+      ((prepares && !workspace_suffices()) || (!p.row_token && p.x_stride < p.k)))
     policy.prefill = 0;
   const sm90::TileConfig config = policy.tiles();
   policy.max_tokens =
@@ -95,6 +97,11 @@ sm90::Policy policy_for(const GroupedGemmProblem& p, const DeviceInfo& device, c
 bool copies_rows(const GroupedGemmProblem& p, const sm90::Policy& policy) {
   return p.row_token && policy.tiles().tokens_are_rows();
 }
+/// Likewise of the scales of blocks.
+bool prepares_scales(const GroupedGemmProblem& p, const sm90::Policy& policy) {
+  return policy.tiles().tokens_are_rows() && sm90::needs_prepared_scales(p);
+}
+
 XLayout preferred_x_layout(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContext& ctx) {
   const sm90::Policy policy = policy_for(p, device, ctx);
   return {
@@ -154,7 +161,9 @@ std::string describe(const GroupedGemmProblem& p, const DeviceInfo& device, cons
       : policy.dynamic ? "whole tiles, dynamic"
                        : "whole tiles",
       policy.pairs ? ", pairs of blocks share weights" : "",
-      copies_rows(p, policy) ? ", rows of x put in order first" : "",
+      copies_rows(p, policy)       ? ", rows of x put in order first"
+      : prepares_scales(p, policy) ? ", scales of x put in columns first"
+                                   : "",
       p.quantized_out ? ", rows left as codes" : "", policy.rows_per_expert, policy.experts);
   return text;
 }
@@ -212,20 +221,15 @@ CUtensorMap x_map(const GroupedGemmArgs& args, std::int64_t rows, DType dtype, s
                     CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-/// Whether the scales of x can come as boxes: columns of scales one after the other, of rows in order.
-bool scales_in_boxes(const GroupedGemmProblem& p) {
-  const OperandScalesRef& s = p.x_scales;
-  return s.form == OperandForm::kFp8Block128 && !p.row_token && s.row_pitch == sizeof(float) &&
-         s.col_pitch % 16 == 0 && s.col_pitch > 0 && reinterpret_cast<std::uintptr_t>(s.data) % 16 == 0;
-}
-
-/// These: dimensions (rows, K / 128), a box the scales of a tile's rows for one step.
-CUtensorMap x_scales_map(const GroupedGemmProblem& p, const sm90::TileConfig& config) {
-  const OperandScalesRef& s = p.x_scales;
-  const cuuint64_t dims[] = {static_cast<cuuint64_t>(p.x_rows), static_cast<cuuint64_t>((p.k + 127) / 128)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(s.col_pitch)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(sm90::scale_box(config.max_tokens)), 1};
-  return encode_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, s.data, dims, strides, box, CU_TENSOR_MAP_SWIZZLE_NONE);
+/// The scales of x as the kernel reads them: dimensions (rows, K / 128), a box those of a tile's rows for a
+/// step.
+CUtensorMap x_scales_map(const ScaleArgs& scales, std::int64_t rows, std::int64_t k,
+                         const sm90::TileConfig& config) {
+  const cuuint64_t dims[] = {static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>((k + 127) / 128)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(scales.col_pitch)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(config.scale_box()), 1};
+  return encode_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, scales.data, dims, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 /// Out as a warp of such tiles stores it: dimensions (columns, rows), a box 32 columns of 16 rows, 64 where a
@@ -335,18 +339,18 @@ void run(const GroupedGemmProblem& p, const DeviceInfo& device, const ExecContex
     permute(copy, plain);
     args.x = workspace;
     args.x_stride = p.k;
-    args.offsets_settled = ordered = true;  // as above; row_token goes on to say where scales stand
+    args.offsets_settled = ordered = true;  // as above; row_token goes on to say where scales of rows stand
     workspace += copy.out_rows * p.k;
   }
-  sm90::Boxes boxes = sm90::Boxes::kNone;
-  if (ordered && config.box_tokens > 0 && args.x_stride >= args.k) {
-    boxes = sm90::Boxes::kRows;
-    maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
-    if (config.tokens_are_rows() && scales_in_boxes(p)) {
-      boxes = sm90::Boxes::kRowsAndScales;
-      maps.x_scales = x_scales_map(p, config);
-    }
+  if (prepares_scales(p, policy)) {
+    args.x_scales = sm90::prepare_scales(p, workspace, device, ctx);
+    args.offsets_settled = true;
+    workspace += sm90::prepared_scale_bytes(p.num_rows, p.k);
   }
+  bool boxes = ordered && config.box_tokens > 0 && args.x_stride >= args.k;
+  if (boxes) maps.x = x_map(args, x_rows, p.dtype, policy.family, config);
+  if (config.tokens_are_rows() && p.x_scales.form == OperandForm::kFp8Block128)
+    maps.x_scales = x_scales_map(args.x_scales, p.num_rows, p.k, config);
   if (config.tokens_are_rows()) maps.out = out_map(p);
   args.epilogue.swapped = gated(p) && p.activation->order == GateOrder::kUpGate;
   sm90::Sharing sharing;

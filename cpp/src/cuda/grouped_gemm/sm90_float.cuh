@@ -32,7 +32,7 @@ struct FloatLoop : NoPrefetch {
     int previous = 0;
     for (int k = work.begin; k < work.end; ++k) {
       barrier_wait(&s.full[at.stage], at.phase);
-      if (engine.boxes == Boxes::kNone) fence_async_proxy();
+      if (!engine.boxes) fence_async_proxy();
       const std::uint64_t weights = tile_descriptor(s.weights[at.stage] + warpgroup * 64 * kLineBytes);
       const std::uint64_t tokens = tile_descriptor(s.tokens[at.stage]);
       wgmma_fence();

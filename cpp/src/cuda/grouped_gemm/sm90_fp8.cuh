@@ -112,7 +112,7 @@ struct Fp8Loop : NoPrefetch {
 
     for (int k = work.begin; k < work.end; ++k) {
       barrier_wait(&s.full[at.stage], at.phase);
-      if (engine.boxes == Boxes::kNone) fence_async_proxy();
+      if (!engine.boxes) fence_async_proxy();
       const int stage = uniform(at.stage);
       issue(stage, 0);
       issue(stage, 1);

@@ -2,16 +2,21 @@
 // Grouped GEMM on Hopper, e4m3 x e4m3 with many rows an expert: tokens are the tensor cores' A (M) operand,
 // weights their B (N), K = 128 a step. A tile has 128 tokens, 64 for each warpgroup, and 192 weight rows.
 //
-// The adding threads limit fp8 (sm90_fp8.cuh says why they add), so this loop makes them few instructions: a
-// thread's products belong to two tokens, and their scales times those of a run of 64 weight rows are four
-// numbers. With tokens as columns, every product needs a scale product of its own: 1440 clocks for what takes
-// 970 here, of 770 in the tensor cores. Scales are read before the products begin, so that a stage is free as
-// soon as the products are there, not only after their addition.
+// The adding threads limit fp8 (sm90_fp8.cuh says why they add): of the 768 clocks that the tensor cores need
+// for a step, half are a warpgroup's own, so all that it does besides must fit into the other half. Therefore
+//   - a thread's products belong to two tokens, and their scales times those of a run of 64 weight rows are
+//     four numbers; with tokens as columns, every product would need a scale product of its own;
+//   - whole rounds of the ring are unrolled, so that the places of a step are constants, and what is the same
+//     for a warp is known to be so (descriptors stay in uniform registers): 140 instructions a step, 96 of
+//     them additions, where there were 185;
+//   - the products of half of the weight rows are added while the tensor cores work on the other half.
+// A step takes 820 clocks, where it took 933.
 //
-// Rows come as boxes only, so they must stand in order. A warp leaves its 16 tokens of a tile in shared
-// memory and has the copy engine store them beside the next tile; the rows of a tile's last 16 that are not
-// all there, it stores itself. A warpgroup whose tokens lie behind the tile's end steps through the ring: to
-// give it half of the weight rows of the other's tokens instead is 1 to 4 % slower.
+// Rows and the scales of 128-blocks come as boxes only, so both must stand in order, scales in columns. A
+// warp leaves its 16 tokens of a tile in shared memory and has the copy engine store them beside the next
+// tile; the rows of a tile's last 16 that are not all there, it stores itself. A warpgroup whose tokens lie
+// behind the tile's end steps through the ring: to give it half of the weight rows of the other's tokens
+// instead is 1 to 4 % slower.
 
 #include "cuda/grouped_gemm/sm90_fp8_scales.cuh"
 #include "cuda/grouped_gemm/sm90_pipeline.cuh"
@@ -34,48 +39,31 @@ struct Fp8PrefillLoop : NoPrefetch {
   /// first and its second eights, which are gate and up in the order of the checkpoint.
   template <int kMaxTokens>
   struct Extra {
-    alignas(128) float tokens[kBlockScales ? scale_box(kMaxTokens) : 0];  // from row % kScalesAhead on
+    alignas(128) float tokens[kBlockScales ? tile_config(kFamily, Tiling::kPrefill).scale_box() : 0];
     float weights[kBlockScales ? 2 * kRuns : 0];
   };
 
-  /// Lane l copies the scales of tokens l, l + 32, ..., and the l-th of the weights.
+  /// Lane l copies the l-th of the weights.
   template <class Engine>
   class Gather {
    public:
-    __device__ Gather(const Engine& engine, const Work& work, int lane)
-        : engine_(engine), lane_(lane), first_(work.tile.row % kScalesAhead + lane) {
-      if constexpr (kBlockScales) {
-        const ScaleArgs& x = engine.args.x_scales;
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i)
-          if (const int token = lane + i * 32; token < work.tile.rows && engine.boxes == Boxes::kRows)
-            token_[i] = x.data + engine.x_row(work.tile, token) * x.row_pitch + work.begin * x.col_pitch;
-        if (work.tile.rows > 0 && lane < (kGated ? 2 : 1) * kRuns)
+    __device__ Gather(const Engine& engine, const Work& work, int lane) : engine_(engine), lane_(lane) {
+      if constexpr (kBlockScales)
+        if (work.tile.rows > 0 && lane < (Engine::Form::kGated ? 2 : 1) * kRuns)
           weight_ = weight_block_scale<kRuns>(engine, work, lane);
-      }
     }
     __device__ __forceinline__ void copy(int stage, int) {
-      if constexpr (kBlockScales) {
-        auto& to = engine_.s.extra[stage];
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i)
-          if (token_[i]) {
-            copy_4(smem_address(&to.tokens[first_ + i * 32]), token_[i], 4);
-            token_[i] += engine_.args.x_scales.col_pitch;
-          }
+      if constexpr (kBlockScales)
         if (weight_) {
-          copy_4(smem_address(&to.weights[lane_]), weight_, 4);
+          copy_4(smem_address(&engine_.s.extra[stage].weights[lane_]), weight_, 4);
           weight_ += engine_.args.weight_scales.col_pitch;
         }
-      }
     }
 
    private:
-    static constexpr bool kGated = Engine::Form::kGated;
-    static constexpr int kTokens = Engine::kMaxTokens / 32;
     const Engine& engine_;
-    const int lane_, first_;
-    const std::byte *token_[kTokens] = {}, *weight_ = nullptr;  // of the step
+    const int lane_;
+    const std::byte* weight_ = nullptr;  // of the step
   };
 };
 

@@ -10,6 +10,7 @@
 //   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`). Otherwise
 //           warps 1 to 3 gather them by number, with cp.async, in the 128-byte swizzle of the copy engine.
 //           Beside busy tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
+//           Beside them it brings the scales of fp8 rows, a column of them a step;
 //   warp 2  brings what else a step needs, where no warp gathers.
 // Warps 1 and 2 of such tiles find their work themselves, in turn, as warp 0 does.
 // The others multiply over a ring of steps of K, then run the epilogue.
@@ -137,6 +138,7 @@ struct Pipeline {
   static constexpr int kMaxTokens = kConfig.max_tokens;
   static constexpr int kBoxTokens = kConfig.box_tokens;
   static constexpr bool kTokensAreRows = kConfig.tokens_are_rows(), kPairs = kConfig.pairs;
+  static constexpr bool kBringsScales = kTokensAreRows && Loop::kExtras;  // of tokens, by the copy engine
   static constexpr int kWarpgroups = kConfig.warpgroups, kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kBlocks = kConfig.blocks;  // of 64 weight rows in each warpgroup
   static constexpr int kTileRows = kConfig.rows(), kBlockRows = kTileRows / kBlocks;  // of weights
@@ -159,7 +161,7 @@ struct Pipeline {
   const Maps& maps;
   const GroupedGemmArgs& args;
   const Sharing& sharing;
-  const Boxes boxes;            // what of x comes by the copy engine
+  const bool boxes;             // token rows come by the copy engine
   const int steps;              // of K
   const int tiles = 0;          // all of them; known where blocks share something only
   const bool by_steps = false;  // deal out steps
@@ -303,13 +305,13 @@ struct Pipeline {
       if (work.tile.rows > 0) Loop::prefetch(*this, work, threadIdx.x % 32, 32);
       if (elect_one()) {
         const int token_boxes = token_boxes_of(work.tile);
-        const bool scales = brings_scales(work.tile);
-        const int bytes = token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes) +
-                          (scales ? scale_box(kMaxTokens) * static_cast<int>(sizeof(float)) : 0);
+        constexpr int kScaleBytes = kBringsScales ? kConfig.scale_box() * sizeof(float) : 0;
+        const int bytes =
+            token_boxes * (Loop::kTokenLines * kBoxTokens * kLineBytes) + (token_boxes > 0 ? kScaleBytes : 0);
         produce(work, at, bytes, [&](int k, int stage) {
           copy_token_rows(work.tile, k, token_boxes, stage);
-          if constexpr (kTokensAreRows && Loop::kExtras)
-            if (scales)
+          if constexpr (kBringsScales)
+            if (token_boxes > 0)
               copy_box(s.extra[stage].tokens, &maps.x_scales, &s.full[stage],
                        work.tile.row / kScalesAhead * kScalesAhead, k);
         });
@@ -357,11 +359,6 @@ struct Pipeline {
   /// Boxes that bring a tile's token rows; what they bring of the rows behind is computed and not stored.
   __device__ __forceinline__ int token_boxes_of(const Tile& tile) const {
     return tile.rows > 0 ? (tile.rows + kBoxTokens - 1) / kBoxTokens : 0;
-  }
-
-  /// Whether the copy engine brings the scales of a tile's tokens.
-  __device__ __forceinline__ bool brings_scales(const Tile& tile) const {
-    return kTokensAreRows && Loop::kExtras && boxes == Boxes::kRowsAndScales && tile.rows > 0;
   }
 
   __device__ __forceinline__ void copy_token_rows(const Tile& tile, int step, int boxes, int stage) const {
@@ -490,13 +487,12 @@ struct Pipeline {
 template <class Engine>
 __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
     grouped_gemm_kernel(const __grid_constant__ Maps maps, const __grid_constant__ GroupedGemmArgs args,
-                        const __grid_constant__ Sharing sharing, const Boxes boxes,
-                        const bool evict_weights) {
+                        const __grid_constant__ Sharing sharing, const bool boxes, const bool evict_weights) {
   constexpr TileConfig kConfig = Engine::kConfig;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& s = *reinterpret_cast<typename Engine::Shared*>(raw);
   const bool pairs = Engine::kPairs && cluster_blocks() > 1;
-  const bool copies_tokens = Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes != Boxes::kNone);
+  const bool copies_tokens = Engine::kTokensAreRows || (Engine::kBoxTokens > 0 && boxes);
   if (threadIdx.x == 0) {
     const int arrivals = 1 + (!copies_tokens          ? kGatherThreads
                               : Engine::Loop::kExtras ? 1 + 32
@@ -526,7 +522,7 @@ __global__ void __launch_bounds__(Engine::kConfig.threads(), 1)
   const bool shares = kConfig.shares && sharing.by != Sharing::kNothing;
   const int tiles = shares || pairs ? count_tiles(args, s.group_tiles) : 0;
   const bool dynamic = shares && !by_steps && tiles > static_cast<int>(gridDim.x);
-  Engine engine{{s, maps, args, sharing, copies_tokens ? boxes : Boxes::kNone,
+  Engine engine{{s, maps, args, sharing, copies_tokens,
                  (args.k + Engine::Loop::kStepK - 1) / Engine::Loop::kStepK, tiles, by_steps, dynamic,
                  pairs}};
   const int warp = uniform(threadIdx.x / 32) - Engine::kConsumerWarps;  // of those that bring
