@@ -8,7 +8,7 @@
 //     four numbers; with tokens as columns, every product would need a scale product of its own;
 //   - whole rounds of the ring are unrolled, so that the places of a step are constants, and what is the same
 //     for a warp is known to be so (descriptors stay in uniform registers): 140 instructions a step, 96 of
-//     them additions, where there were 185;
+//     them additions, where there were 166;
 //   - the products of half of the weight rows are added while the tensor cores work on the other half.
 // A step takes 820 clocks, where it took 933.
 //
@@ -16,7 +16,7 @@
 // warp leaves its 16 tokens of a tile in shared memory and has the copy engine store them beside the next
 // tile; the rows of a tile's last 16 that are not all there, it stores itself. A warpgroup whose tokens lie
 // behind the tile's end steps through the ring: to give it half of the weight rows of the other's tokens
-// instead is 1 to 4 % slower.
+// instead is no faster (docs/architecture.md).
 
 #include "cuda/grouped_gemm/sm90_fp8_scales.cuh"
 #include "cuda/grouped_gemm/sm90_pipeline.cuh"
@@ -35,8 +35,9 @@ struct Fp8PrefillLoop : NoPrefetch {
   static constexpr int kWeightRows = tile_config(kFamily, Tiling::kPrefill).rows(), kRuns = kWeightRows / 64;
   static_assert(kWeightRows % 64 == 0);
 
-  /// With blocks, the scales of a step: of the tokens, and of every run of 64 weight rows; when gated of its
-  /// first and its second eights, which are gate and up in the order of the checkpoint.
+  /// With blocks, the scales of a step: of the tokens, those of the tile from row % kScalesAhead on, and of
+  /// every run of 64 weight rows; when gated of its first and its second eights, which are gate and up in the
+  /// order of the checkpoint.
   template <int kMaxTokens>
   struct Extra {
     alignas(128) float tokens[kBlockScales ? tile_config(kFamily, Tiling::kPrefill).scale_box() : 0];
@@ -128,6 +129,7 @@ class Fp8PrefillPart {
     wgmma_wait<1>();
     scales.add(p[0], d, 0);
     wgmma_wait<0>();
+    __syncwarp();  // all lanes have read the scales
     engine_.release(stage);
     scales.add(p[1], d, kSums / kHalves);
   }

@@ -7,10 +7,10 @@
 // The block has 2, 3 or 4 warpgroups that compute, and one that brings what they read. Of this one
 //   warp 0  finds work, says to those that compute or gather what a step belongs to (s.work), and copies
 //           weights with the copy engine;
-//   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`). Otherwise
-//           warps 1 to 3 gather them by number, with cp.async, in the 128-byte swizzle of the copy engine.
-//           Beside busy tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
-//           Beside them it brings the scales of fp8 rows, a column of them a step;
+//   warp 1  copies token rows with it, where a tile's stand one behind the other in x (`boxes`), and where
+//           tokens are the operand of rows their scales, a column of them a step. Otherwise warps 1 to 3
+//           gather rows by number, with cp.async, in the 128-byte swizzle of the copy engine. Beside busy
+//           tensor cores cp.async brings some 15 bytes a clock: it feeds bf16 but not fp8;
 //   warp 2  brings what else a step needs, where no warp gathers.
 // Warps 1 and 2 of such tiles find their work themselves, in turn, as warp 0 does.
 // The others multiply over a ring of steps of K, then run the epilogue.

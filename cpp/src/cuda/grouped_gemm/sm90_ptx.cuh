@@ -146,11 +146,13 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-/// Descriptor of a K-major tile in the 128-byte swizzle: rows of 128 bytes, groups of eight rows 1024 bytes
-/// apart.
+/// The half of a tile's descriptor that says where it stands, in units of 16 bytes: to walk through a tile or
+/// from one to the next, add to it.
 __device__ __forceinline__ std::uint32_t tile_address(const void* p) {
   return ((smem_address(p) & 0x3FFFFu) >> 4) + (1u << 16);
 }
+/// Descriptor of a K-major tile in the 128-byte swizzle: rows of 128 bytes, groups of eight rows 1024 bytes
+/// apart.
 __device__ __forceinline__ std::uint64_t tile_descriptor(std::uint32_t address) {
   return address | (64ull << 32) | (1ull << 62);
 }
