@@ -63,6 +63,22 @@ Activation parse_activation(const char* op, const char* argument, std::string_vi
 
 namespace {
 
+// Of an op that may do without: none, and none of its parameters.
+std::optional<Activation> parse_optional_activation(const char* op, std::optional<std::string_view> kind,
+                                                    std::string_view order, OptionalFloat alpha,
+                                                    OptionalFloat beta, OptionalFloat limit) {
+  if (kind) return parse_activation(op, "activation", *kind, order, alpha, beta, limit);
+  const char* given = order != "gate_up" ? "order"
+                      : alpha            ? "alpha"
+                      : beta             ? "beta"
+                      : limit            ? "limit"
+                                         : nullptr;
+  if (given)
+    throw InvalidArgument(std::string(op) + ": " + given +
+                          " is given, expected none: there is no activation");
+  return std::nullopt;
+}
+
 DType parse_dtype_name(std::string_view text) {
   if (const auto dtype = parse_dtype(text)) return *dtype;
   throw InvalidArgument("dtype is \"" + std::string(text) + "\", expected a moecore dtype such as \"bf16\"");
@@ -313,9 +329,7 @@ void bind_grouped_gemm(nb::module_& m) {
         options.weight_scales =
             operand_scales(call, "grouped_gemm", "weight_format", weight_format, "weight_scales",
                            weight_scales, "weight_global_scale", weight_global_scale);
-        if (activation)
-          options.activation =
-              parse_activation("grouped_gemm", "activation", *activation, order, alpha, beta, limit);
+        options.activation = parse_optional_activation("grouped_gemm", activation, order, alpha, beta, limit);
         const bool sized = weights_view.ndim == 3 && out_view.ndim == 2;
         call.workspace(workspace, sized ? grouped_gemm_workspace_bytes(
                                               out_view.shape[0], weights_view.shape[1],

@@ -179,3 +179,16 @@ def test_explain_runs_nothing() -> None:
         moecore.explain("shuffle_rows", np.zeros(4, F32), np.zeros(5, I32))
     moecore.shuffle_rows(np.zeros((4, 8), F32), np.zeros(5, I32), out=out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    "stray", [{"order": "interleaved"}, {"alpha": 1.5}, {"beta": 1.0}, {"limit": 7.0}], ids=str
+)
+def test_parameters_of_no_activation(stray: dict[str, Any]) -> None:
+    arguments = good()["grouped_gemm"]
+    (name,) = stray
+    with pytest.raises(
+        ValueError, match=f"grouped_gemm: {name} is given, expected none: there is no activation"
+    ):
+        moecore.grouped_gemm(**(arguments | stray))
+    moecore.grouped_gemm(**(arguments | {"weights": np.ones((3, 10, 8), F32), "activation": "silu"} | stray))

@@ -51,7 +51,7 @@ void grouped_gemm(const GroupedGemmProblem&, const ExecContext&) {
 std::string quantized_out_refusal(const GroupedGemmProblem&, const ExecContext&) {
   refuse("grouped_gemm");
 }
-bool copies_rows(const GroupedGemmProblem&, const ExecContext&) {
+XLayout preferred_x_layout(const GroupedGemmProblem&, const ExecContext&) {
   refuse("grouped_gemm");
 }
 void finalize(const FinalizeProblem&, const ExecContext&) {

@@ -39,9 +39,9 @@ def grouped_gemm(
 
     x [R,K], weights [E,N,K], expert_offsets i32 [E+1] -> [R,N]; one dtype of f32|bf16|f16. In this order:
     `row_weights` [R] multiply a row's product, `bias` [E,N] is added, `activation` (with `order`, `alpha`,
-    `beta`, `limit` as in activate()) is applied to the f32 result and halves the columns. With `row_token`
-    i32 [R], row r reads x[row_token[r]] of x [T,K]. Rows from expert_offsets[E] on are left as they are:
-    uninitialised without `out`.
+    `beta`, `limit` as in activate(), which are refused without one) is applied to the f32 result and halves
+    the columns. With `row_token` i32 [R], row r reads x[row_token[r]] of x [T,K]. Rows from
+    expert_offsets[E] on are left as they are: uninitialised without `out`.
 
     Quantised operands are codes (u8, fp4 with half the columns, or the element type) with a format and
     scales, which stand in the linear layout:

@@ -42,13 +42,6 @@ __global__ void __launch_bounds__(kSquare* kWarps)
 
 }  // namespace
 
-bool needs_prepared_scales(const GroupedGemmProblem& p) {
-  const OperandScalesRef& s = p.x_scales;
-  const bool boxes = !p.row_token && s.row_pitch == sizeof(float) && s.col_pitch > 0 &&
-                     s.col_pitch % 16 == 0 && reinterpret_cast<std::uintptr_t>(s.data) % 16 == 0;
-  return s.form == OperandForm::kFp8Block128 && !boxes;
-}
-
 ScaleArgs prepare_scales(const GroupedGemmProblem& p, void* out, const DeviceInfo& device,
                          const ExecContext& ctx) {
   ScaleArgs scales = device_args(p).x_scales;

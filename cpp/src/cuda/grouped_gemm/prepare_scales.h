@@ -26,7 +26,12 @@ constexpr std::size_t prepared_scale_bytes(std::int64_t rows, std::int64_t k) {
 }
 
 /// Whether the scales of x are no such columns in the order of out's rows.
-bool needs_prepared_scales(const GroupedGemmProblem& p);
+inline bool needs_prepared_scales(const GroupedGemmProblem& p) {
+  const OperandScalesRef& s = p.x_scales;
+  const bool boxes = !p.row_token && s.row_pitch == sizeof(float) && s.col_pitch > 0 &&
+                     s.col_pitch % 16 == 0 && reinterpret_cast<std::uintptr_t>(s.data) % 16 == 0;
+  return s.form == OperandForm::kFp8Block128 && !boxes;
+}
 
 /// out [K/128, scale_column(R)] = the f32 scales of x [.., K/128], of the rows that out's are made from.
 /// Returns how they stand there.
