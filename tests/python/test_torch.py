@@ -42,6 +42,7 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
         "permute_scales": (d["x"], d["logits"], plan.row_token, plan.slot_row, plan.expert_offsets),
         "shuffle_rows": (d["x"], torch.tensor([3, -1, 0])),
         "shuffle_rows_scales": (d["x"], d["logits"], torch.tensor([3, -1, 0])),
+        "transpose_experts": (d["w2"],),
         "activate": (d["wide"], "swiglu_oai", "interleaved", None, None, None, None),
         "grouped_gemm": (
             d["x"], d["w13"], plan.expert_offsets, d["b13"], plan.row_token, "silu", "gate_up", None, None, None, None,
@@ -70,8 +71,9 @@ def cases(d: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 OPS = [
-    "route", "plan", "route_plan", "permute", "permute_scales", "shuffle_rows", "shuffle_rows_scales", "activate",
-    "grouped_gemm", "finalize", "finalize_quantize", "fused_experts", "quantize", "dequantize", "global_scale",
+    "route", "plan", "route_plan", "permute", "permute_scales", "shuffle_rows", "shuffle_rows_scales",
+    "transpose_experts", "activate", "grouped_gemm", "finalize", "finalize_quantize", "fused_experts", "quantize",
+    "dequantize", "global_scale",
 ]  # fmt: skip
 
 
@@ -100,7 +102,8 @@ def forward(logits: Any, x: Any, experts: Any) -> Any:
     rows = moecore.permute(x, plan)
     wide = moecore.grouped_gemm(rows, experts.w13, plan.expert_offsets, bias=experts.w13_bias)
     narrow = moecore.activate(wide, order="gate_up", expert_offsets=plan.expert_offsets)
-    out = moecore.grouped_gemm(narrow, experts.w2, plan.expert_offsets, bias=experts.w2_bias)
+    w2 = moecore.transpose_experts(moecore.transpose_experts(experts.w2))
+    out = moecore.grouped_gemm(narrow, w2, plan.expert_offsets, bias=experts.w2_bias)
     layered = moecore.finalize(out, plan, weights, residual=x)
     return (
         layered

@@ -359,6 +359,8 @@ def transpose_experts(src: TensorT, *, out: TensorT | None = None, stream: Strea
     [E,A,B] -> [E,B,A] of any dtype of 8 to 64 bits. With `out`, slices of experts (`src[e:e+1]`) convert a
     checkpoint one expert at a time without a second copy in memory.
     """
+    if (traced := traced_ops()) is not None:
+        return traced.transpose_experts(src, out)  # type: ignore[no-any-return]
     fw = framework_of("transpose_experts", "src", src)
     fw.admit("transpose_experts", src)
     if out is None:

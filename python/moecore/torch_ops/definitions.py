@@ -115,6 +115,14 @@ def _shuffle_rows_scales(out: Any, x: Any, scales: Any, map: Any) -> None:
     ops.shuffle_rows(x, map, scales=scales, out=tuple(out))
 
 
+def _transpose_experts_outputs(src: Tensor) -> tuple[Tensor, ...]:
+    return (src.new_empty((src.shape[0], src.shape[2], src.shape[1])),)
+
+
+def _transpose_experts(out: Any, src: Any) -> None:
+    ops.transpose_experts(src, out=out[0])
+
+
 def _activate_outputs(x: Tensor, kind: str, order: str, *_: Any) -> tuple[Tensor, ...]:
     return (x.new_empty((x.shape[0], x.shape[1] if order == "plain" else x.shape[1] // 2)),)
 
@@ -375,6 +383,7 @@ OPS = [
         "shuffle_rows_scales", "Tensor x, Tensor scales, Tensor map",
         2, _permute_scales_outputs, _shuffle_rows_scales,
     ),
+    Op("transpose_experts", "Tensor src", 1, _transpose_experts_outputs, _transpose_experts),
     Op(
         "activate", f"Tensor x, str kind, {_ACTIVATION}, Tensor? expert_offsets",
         1, _activate_outputs, _activate,

@@ -79,6 +79,11 @@ def shuffle_rows(x: Any, scales: Any, map: Any, out: Any) -> Any:
     return _call("shuffle_rows", out, x, map)
 
 
+def transpose_experts(src: Any, out: Any) -> Any:
+    """moecore.transpose_experts() in a traced program."""
+    return _call("transpose_experts", out, src)
+
+
 def activate(x: Any, *rest: Any) -> Any:
     """moecore.activate() in a traced program."""
     *arguments, out = rest
