@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/device/ptx.cuh"
+#include "cuda/device/transpose.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/runtime.h"
 #include "ops/transpose_experts.h"
@@ -12,8 +13,7 @@
 namespace moecore::cuda {
 namespace {
 
-constexpr int kTile = 32;
-constexpr int kRows = 8;  // of threads
+using dev::kSquare, dev::kSquareThreads;
 
 struct TransposeArgs {
   const std::byte* src;
@@ -23,26 +23,21 @@ struct TransposeArgs {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTile* kRows) transpose_experts_kernel(const TransposeArgs args) {
-  __shared__ T tile[kTile][kTile + 1];  // one column more, so that a column is spread over the banks
+__global__ void __launch_bounds__(kSquare* kSquareThreads)
+    transpose_experts_kernel(const TransposeArgs args) {
+  __shared__ dev::Square<T> square;
   dev::wait_for_predecessor();
   dev::release_successor();
-  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   for (std::int64_t e = blockIdx.y; e < args.num_experts; e += gridDim.y) {
     const T* src = reinterpret_cast<const T*>(args.src) + e * args.src_expert_stride;
     T* dst = reinterpret_cast<T*>(args.dst) + e * args.dst_expert_stride;
     for (std::int64_t t = blockIdx.x; t < args.tiles; t += gridDim.x) {
-      const std::int64_t row = t / args.tile_cols * kTile, col = t % args.tile_cols * kTile;
+      const std::int64_t row = t / args.tile_cols * kSquare, col = t % args.tile_cols * kSquare;
       __syncthreads();  // the tile before was read
-#pragma unroll
-      for (int i = y; i < kTile; i += kRows)
-        if (row + i < args.rows && col + x < args.cols)
-          tile[i][x] = src[(row + i) * args.src_row_stride + col + x];
-      __syncthreads();
-#pragma unroll
-      for (int i = y; i < kTile; i += kRows)
-        if (col + i < args.cols && row + x < args.rows)
-          dst[(col + i) * args.dst_row_stride + row + x] = tile[x][i];
+      dev::transpose_square<T>(
+          square, args.rows - row, args.cols - col,
+          [&](int r, int c) { return src[(row + r) * args.src_row_stride + col + c]; },
+          [&](int c, int r, T value) { dst[(col + c) * args.dst_row_stride + row + r] = value; });
     }
   }
 }
@@ -67,7 +62,7 @@ void transpose_experts(const TransposeProblem& p, const ExecContext& ctx) {
   if (explained(ctx, "transpose_experts", [] { return std::string("cuda, 32 x 32 tiles"); })) return;
   if (p.num_experts == 0 || p.rows == 0 || p.cols == 0) return;
 
-  const std::int64_t tile_cols = (p.cols + kTile - 1) / kTile;
+  const std::int64_t tile_cols = (p.cols + kSquare - 1) / kSquare;
   const TransposeArgs args{.src = p.src,
                            .dst = p.dst,
                            .src_expert_stride = p.src_expert_stride,
@@ -78,11 +73,11 @@ void transpose_experts(const TransposeProblem& p, const ExecContext& ctx) {
                            .rows = p.rows,
                            .cols = p.cols,
                            .tile_cols = tile_cols,
-                           .tiles = tile_cols * ((p.rows + kTile - 1) / kTile)};
+                           .tiles = tile_cols * ((p.rows + kSquare - 1) / kSquare)};
   constexpr std::int64_t kMaxGridX = 0x7FFFFFFF;
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(std::min(args.tiles, kMaxGridX)),
                                          static_cast<unsigned>(std::min(p.num_experts, kMaxGridY))),
-                            .block = dim3(kTile, kRows),
+                            .block = dim3(kSquare, kSquareThreads),
                             .stream = stream(ctx),
                             .dependent = true};
   const DeviceGuard guard(device);

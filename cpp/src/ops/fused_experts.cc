@@ -332,8 +332,12 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
                                      layout.plan.expert_offsets, layout.inter_rows, gemm1, of_up);
   };
   const ExecContext of_down = with(layout.scratch2);
-  auto preferred = [&](const GroupedGemmProblem& product, const ExecContext& of_product) {
-    return ctx.device.type == DeviceType::kCUDA ? cuda::preferred_x_layout(product, of_product) : XLayout{};
+  auto down_problem = [&] {
+    return make_grouped_gemm_problem(Check("grouped_gemm", of_down), operand2, experts.w2,
+                                     layout.plan.expert_offsets, layout.out_rows, gemm2, of_down);
+  };
+  auto preferred = [&](const auto& product, const ExecContext& of_product) {
+    return ctx.device.type == DeviceType::kCUDA ? cuda::preferred_x_layout(product(), of_product) : XLayout{};
   };
   // `scale` is a static fp8 scale or nvfp4's g.
   auto scales_of = [&](const QuantizedRows& rows, const std::optional<TensorView>& scale,
@@ -357,8 +361,9 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
     plan(ids, layout.plan, plan_options, inner);
   } else if (!plan_beside_quantize(ids, layout.plan, plan_options, x, operand1, *gemm1.x_scales, inner)) {
     plan(ids, layout.plan, plan_options, inner);
-    const XLayout wanted = preferred(up_problem(), of_up);
-    if (wanted.rows_in_order && !has_dynamic_tensor_scale(*options.x_format)) {
+    const XLayout wanted =
+        has_dynamic_tensor_scale(*options.x_format) ? XLayout{} : preferred(up_problem, of_up);
+    if (wanted.rows_in_order) {
       gemm1.row_token.reset();
       gemm1.x_scales = scales_of(layout.in_order, options.x_scale, wanted.scales_in_columns);
       operand1 = layout.in_order.codes;
@@ -381,16 +386,14 @@ void fused_experts(const TensorView& x, const TensorView& weights, const TensorV
   const bool leaves_codes = options.x_format && leave_codes(up, operand2, *gemm2.x_scales, of_up);
   run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, up, of_up);
   if (options.x_format && !leaves_codes) {
-    const GroupedGemmProblem down =
-        make_grouped_gemm_problem(Check("grouped_gemm", of_down), operand2, experts.w2,
-                                  layout.plan.expert_offsets, layout.out_rows, gemm2, of_down);
-    gemm2.x_scales = scales_of(layout.inter, options.inter_scale, preferred(down, of_down).scales_in_columns);
+    gemm2.x_scales =
+        scales_of(layout.inter, options.inter_scale, preferred(down_problem, of_down).scales_in_columns);
     quantize(layout.inter_rows, operand2, gemm2.x_scales->scales, gemm2.x_scales->format,
              {.rows = {.expert_offsets = layout.plan.expert_offsets},
               .global_scale = gemm2.x_scales->global_scale},
              inner);
   }
-  grouped_gemm(operand2, experts.w2, layout.plan.expert_offsets, layout.out_rows, gemm2, of_down);
+  run_on_backend(cpu::grouped_gemm, cuda::grouped_gemm, down_problem(), of_down);
 
   FinalizeOptions last{.residual = options.residual};
   if (!options.apply_router_weight_on_input) last.weights = weights;

@@ -1,10 +1,12 @@
 #pragma once
 // The scales of fp8 rows in columns, as the copy engine brings them in boxes.
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
 #include "moecore/context.h"
+#include "moecore/quantize.h"
 #include "ops/grouped_gemm.h"
 
 namespace moecore::cuda {
@@ -17,12 +19,13 @@ namespace moecore::cuda::sm90 {
 /// A box of scales starts at a multiple of 16 bytes, and so does every column.
 inline constexpr int kScalesAhead = 16 / sizeof(float);
 
-/// Scales of a column of `rows` rows.
-constexpr std::int64_t scale_column(std::int64_t rows) {
-  return (rows + kScalesAhead - 1) / kScalesAhead * kScalesAhead;
+/// Columns, and the places of one.
+inline std::array<std::int64_t, 2> prepared_scale_shape(std::int64_t rows, std::int64_t k) {
+  return scale_shape(QuantFormat::fp8_block128(ScaleLayout::kColumnMajor), rows, k);
 }
-constexpr std::size_t prepared_scale_bytes(std::int64_t rows, std::int64_t k) {
-  return static_cast<std::size_t>((k + 127) / 128 * scale_column(rows)) * sizeof(float);
+inline std::size_t prepared_scale_bytes(std::int64_t rows, std::int64_t k) {
+  const auto [columns, pitch] = prepared_scale_shape(rows, k);
+  return static_cast<std::size_t>(columns * pitch) * sizeof(float);
 }
 
 /// Whether the scales of x are no such columns in the order of out's rows.
@@ -33,8 +36,8 @@ inline bool needs_prepared_scales(const GroupedGemmProblem& p) {
   return s.form == OperandForm::kFp8Block128 && !boxes;
 }
 
-/// out [K/128, scale_column(R)] = the f32 scales of x [.., K/128], of the rows that out's are made from.
-/// Returns how they stand there.
+/// out, of prepared_scale_shape(R, K), = the f32 scales of x [.., K/128], of the rows that out's are made
+/// from. Returns how they stand there.
 ScaleArgs prepare_scales(const GroupedGemmProblem& p, void* out, const DeviceInfo& device,
                          const ExecContext& ctx);
 

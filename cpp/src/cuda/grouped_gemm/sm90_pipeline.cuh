@@ -37,7 +37,8 @@
 //   kStepK                   depth of a step
 //   kWeightLineBytes         of a step, of one weight row
 //   kTokenLines              lines of 128 bytes in a step of one token
-//   kExtras, Extra           whether a stage of the ring holds more than weights and tokens, and what
+//   kExtras, Extra           whether a stage of the ring holds more than weights and tokens, and what; where
+//                            tokens are the operand of rows its `tokens` are their scales
 //   Gather                   a thread's part of that: Gather(engine, work, thread).copy(stage, k)
 //   prefetch                 asks for the first of what does not come through the ring:
 //                            prefetch(engine, work, thread, threads)
